@@ -1,0 +1,47 @@
+# `make` shows what there is. Every target builds .venv when it is missing or older than the pins.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export NO_ALBUMENTATIONS_UPDATE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint bench prune clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.pins ## Build .venv from requirements.txt
+
+$(VENV)/.pins: requirements.txt constraints.txt
+	@echo "Building $(VENV) from requirements.txt (a minute or two)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+run: setup ## Run the pipeline end to end (the phantom cohort, unless params.yaml says otherwise), to scores and a report
+	dvc repro
+	@python -m stages.evaluate --show
+
+test: setup ## Run the checks and the tests
+	ruff check .
+	ruff format --check .
+	mypy
+	python -m pytest
+
+lint: setup ## Mend what ruff can mend, then check style and types
+	ruff check --fix .
+	ruff format .
+	mypy
+
+bench: setup ## Measure: each benchmark prints a card, and JSON in its last line
+	for script in benchmarks/bench_*.py; do python $$script || exit 1; done
+
+prune: setup ## Free the disk of unfinished work and cached outputs that nothing current uses
+	python -m stages.prune
+	dvc gc --workspace --force
+
+clean: ## Remove .venv and everything that a run has made
+	rm -rf $(VENV) data/wip data/index data/preprocess data/store.zarr data/train data/report data/phantom/dicom data/phantom/labels.csv .dvc/cache .dvc/tmp

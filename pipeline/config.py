@@ -1,0 +1,221 @@
+"""The types of `params.yaml`: one section a stage, strict, every value said once (here are the types, there the values).
+
+An unknown key, a missing key or a value out of range is refused with the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+
+MODELS = (
+    "compact",
+    "densenet121",
+    "densenet169",
+    "efficientnet-b0",
+    "efficientnet-b2",
+    "efficientnet-b4",
+    "resnet18",
+    "resnet50",
+    "seresnext50",
+    "seresnext101",
+)
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NaturalFloat = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A section of `params.yaml`: frozen, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Source(Section):
+    """Where the studies and their labels lie."""
+
+    dicom: str | list[str]
+    labels: str | None
+
+    @property
+    def dicom_paths(self) -> list[Path]:
+        """The sources as a list, whether one or several were given."""
+        return [Path(path) for path in ([self.dicom] if isinstance(self.dicom, str) else self.dicom)]
+
+
+class PhantomConfig(Section):
+    """The made-up cohort for people with no data of their own."""
+
+    studies: Annotated[int, Field(ge=1)]
+    slices: Annotated[list[Annotated[int, Field(ge=8, le=60)]], Field(min_length=2, max_length=2)]
+    size: Annotated[int, Field(ge=64, le=1024)]
+    seed: Natural
+
+    @model_validator(mode="after")
+    def _fewest_before_most(self) -> PhantomConfig:
+        if self.slices[0] > self.slices[1]:
+            raise ValueError(f"slices is [fewest, most], and {self.slices[0]} is more than {self.slices[1]}")
+        return self
+
+
+class IndexConfig(Section):
+    """How headers are read."""
+
+    patient_salt: Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class Window(Section):
+    """A window in HU: its centre and its whole width (PS3.3 C.11.2.1.2, LINEAR_EXACT)."""
+
+    centre: float
+    width: PositiveFloat
+
+    @property
+    def low_hu(self) -> float:
+        """The HU that becomes 0."""
+        return self.centre - self.width / 2
+
+    @property
+    def high_hu(self) -> float:
+        """The HU that becomes 255."""
+        return self.centre + self.width / 2
+
+
+class PreprocessConfig(Section):
+    """What becomes of the pixels, and who does the work."""
+
+    image_size: Annotated[int, Field(ge=16, le=2048)]
+    windows: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Window], Field(min_length=1)]
+    workers: Natural | Literal["auto"]
+    scheduler: str | None
+
+
+class FoldsConfig(Section):
+    """How patients are dealt to folds."""
+
+    count: Annotated[int, Field(ge=2, le=100)]
+    seed: Natural
+
+
+class AugmentConfig(Section):
+    """Random changes to a training slice; 0 turns one off."""
+
+    flip: Fraction
+    rotate_deg: Annotated[float, Field(ge=0, le=180)]
+    shift: Annotated[float, Field(ge=0, le=0.5)]
+    scale: Annotated[float, Field(ge=0, lt=1)]
+    brightness: Fraction
+    contrast: Fraction
+    noise: Fraction
+    cutout: Fraction
+
+
+class LossConfig(Section):
+    """Options of the weighted multi-label log loss; at 0 each is the challenge's own metric."""
+
+    focal_gamma: NaturalFloat
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    any_consistency: NaturalFloat
+
+
+class TrainConfig(Section):
+    """The model, and how it learns."""
+
+    folds: Annotated[list[Natural], Field(min_length=1)]
+    model: Literal[MODELS]  # type: ignore[valid-type]
+    pretrained: bool
+    neighbours: Annotated[int, Field(ge=0, le=8)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    epochs: PositiveInt
+    patience: PositiveInt
+    batch_size: PositiveInt
+    accumulate: PositiveInt
+    learning_rate: PositiveFloat
+    warmup_epochs: NaturalFloat
+    weight_decay: NaturalFloat
+    clip_norm: PositiveFloat
+    ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    seed: Natural
+    augment: AugmentConfig
+    loss: LossConfig
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    compile: bool
+    device: str
+    loader_workers: Natural
+    checkpoint_seconds: PositiveFloat
+
+    @model_validator(mode="after")
+    def _each_fold_once(self) -> TrainConfig:
+        if len(set(self.folds)) != len(self.folds):
+            raise ValueError(f"folds names a fold twice: {self.folds}")
+        return self
+
+    def shaping(self) -> dict[str, Any]:
+        """The values that decide the weights: all but which folds to train and where and how conveniently."""
+        return self.model_dump(exclude={"folds", "device", "loader_workers", "checkpoint_seconds"})
+
+
+class Config(Section):
+    """All of `params.yaml`."""
+
+    source: Source
+    phantom: PhantomConfig
+    index: IndexConfig
+    preprocess: PreprocessConfig
+    folds: FoldsConfig
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _folds_exist(self) -> Config:
+        absent = [fold for fold in self.train.folds if fold >= self.folds.count]
+        if absent:
+            raise ValueError(
+                f"train.folds = {self.train.folds} names fold {absent[0]}, but folds.count = {self.folds.count} makes "
+                f"folds 0 to {self.folds.count - 1}"
+            )
+        return self
+
+
+def load_config(path: Path | str = "params.yaml") -> Config:
+    """Read and check a parameter file.
+
+    Raises:
+        ConfigError: the file is absent, is not YAML, or holds a key or value that is not allowed; every fault is named.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such parameter file; run from the project's folder or give --params FILE") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected sections ({', '.join(Config.model_fields)}), found {type(values).__name__}")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
+        raise ConfigError(f"{path}: {error.error_count()} parameter(s) to mend\n{faults}") from None
+
+
+def _describe(fault: Any) -> str:
+    """One line for one fault: key, value, what is allowed."""
+    key = ".".join(str(part) for part in fault["loc"] if not (isinstance(part, str) and ("[" in part or "-" in part)))
+    if fault["type"] == "missing":
+        return f"{key}: missing; every key stands in the parameter file"
+    if fault["type"] == "extra_forbidden":
+        return f"{key}: unknown key"
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if fault["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key} = {fault['input']!r}: expected {message}"

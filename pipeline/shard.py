@@ -1,0 +1,96 @@
+"""The bytes of one shard: one study's slices, each an independently compressed and checksummed chunk.
+
+A shard is Zarr v3's `sharding_indexed` with the index at the end: 64 slots of (offset, length), then CRC-32C. A chunk is
+`bytes` → `blosc` → `crc32c`. zarr-python writes and reads the same bytes (a test holds us to it), but takes 1.85 ms to
+fetch a random slice; going to the bytes takes a tenth of that.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+from numcodecs import blosc
+
+from pipeline.errors import DamageError
+
+SLOTS = 64
+"""Slice slots of a shard. Fixed, so that one long study does not change the shape of every other shard; a study with more
+slices takes several shards. An empty slot costs 16 bytes."""
+
+COMPRESSOR = "zstd"
+LEVEL = 2
+"""On RSNA slices zstd 1 keeps 0.197 of the raw bytes, zstd 2 0.180 at the same speed, zstd 3 0.166 in twice the time."""
+
+SHUFFLE = blosc.NOSHUFFLE
+EMPTY = 2**64 - 1
+CHECKSUM_BYTES = 4
+INDEX_BYTES = SLOTS * 16 + CHECKSUM_BYTES
+
+blosc.use_threads = False
+"""Processes share the work here; threads inside one chunk of 196 kB only get in their way."""
+
+ShardIndex = npt.NDArray[np.uint64]
+"""uint64 [slot, 2]: offset and length of each chunk in bytes, checksum included; both 2⁶⁴−1 where a slot is empty."""
+
+
+def encode_chunk(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """Compress one slice, uint8 [row, column, window], and append its CRC-32C."""
+    packed = blosc.compress(np.ascontiguousarray(pixels).reshape(-1), COMPRESSOR.encode(), LEVEL, SHUFFLE, 0)
+    return packed + _checksum(packed)
+
+
+def decode_chunk(chunk: bytes, out: npt.NDArray[np.uint8]) -> None:
+    """Check one chunk and decompress it straight into `out`, uint8 [row, column, window], contiguous.
+
+    Raises:
+        DamageError: the checksum disagrees, or the slice has another size.
+    """
+    packed = chunk[:-CHECKSUM_BYTES]
+    if len(packed) < 16 or _checksum(packed) != chunk[-CHECKSUM_BYTES:]:
+        raise DamageError("its checksum disagrees")
+    if int.from_bytes(packed[4:8], "little") != out.nbytes:
+        raise DamageError("it does not hold one slice")
+    blosc.decompress(packed, out)
+
+
+def build_shard(chunks: Sequence[bytes]) -> bytes:
+    """Lay up to 64 encoded chunks end to end and add the index."""
+    lengths = np.array([len(chunk) for chunk in chunks], np.uint64)
+    index = np.full((SLOTS, 2), EMPTY, "<u8")
+    index[: len(chunks), 0] = np.cumsum(lengths) - lengths
+    index[: len(chunks), 1] = lengths
+    table = index.tobytes()
+    return b"".join([*chunks, table, _checksum(table)])
+
+
+def read_index(path: Path) -> ShardIndex:
+    """Read and check a shard's index: uint64 [64, 2].
+
+    Raises:
+        DamageError: the shard is missing, too short, its index disagrees with its checksum, or points outside the shard.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            if size < INDEX_BYTES:
+                raise DamageError(f"the shard has {size} bytes, fewer than its index alone")
+            file.seek(size - INDEX_BYTES)
+            tail = file.read()
+    except FileNotFoundError:
+        raise DamageError("the shard is missing") from None
+    if _checksum(tail[:-CHECKSUM_BYTES]) != tail[-CHECKSUM_BYTES:]:
+        raise DamageError("the shard's index disagrees with its checksum")
+    index = np.frombuffer(tail[:-CHECKSUM_BYTES], "<u8").reshape(SLOTS, 2)
+    real = index[:, 0] != EMPTY
+    if int(index[real, 1].sum()) + INDEX_BYTES != size:
+        raise DamageError(f"the shard has {size} bytes, and its index speaks of another number")
+    return index
+
+
+def _checksum(content: bytes) -> bytes:
+    return struct.pack("<I", google_crc32c.value(content))

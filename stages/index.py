@@ -1,0 +1,36 @@
+"""Read the headers of every file of source.dicom; write the manifest, in which each file is used, repaired or excluded.
+
+Writes <data>/index/manifest.parquet, headers.parquet (so that unchanged files are not read again) and summary.json.
+"""
+
+import argparse
+
+import pandas as pd
+
+from pipeline.config import load_config
+from pipeline.files import write_json, write_parquet
+from pipeline.index import build_manifest
+from pipeline.manifest import account, describe_account, write_manifest
+from stages.common import door
+
+
+def main(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.params)
+    folder = arguments.data / "index"
+    headers_path = folder / "headers.parquet"
+    known = pd.read_parquet(headers_path) if headers_path.is_file() else None
+    manifest, headers, found = build_manifest(config, known)
+    write_parquet(headers_path, headers)
+    write_manifest(folder / "manifest.parquet", manifest)
+    totals = account(manifest)
+    write_json(folder / "summary.json", {**totals, **found})
+    print(describe_account(totals))
+    print(
+        f"{found['studies']:,} studies of {found['patients']:,} patients, {found['slices']:,} slices: "
+        f"{found['slices_with_labels']:,} with labels, {found['slices_without_labels']:,} without; "
+        f"labels for {found['labelled_images_excluded']:,} excluded and {found['labelled_images_not_found']:,} absent images"
+    )
+
+
+if __name__ == "__main__":
+    door(main, __doc__)

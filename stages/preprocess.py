@@ -1,0 +1,27 @@
+"""Convert the slices of the manifest into the store: HU, repairs, resampling, windows; one study is one shard.
+
+Reads <data>/index/manifest.parquet; writes <data>/store.zarr and <data>/preprocess/faults.parquet (slices whose pixels could
+not be read). Finished shards are kept in <data>/wip, so that a stopped run goes on where it was.
+"""
+
+import argparse
+
+from pipeline.config import load_config
+from pipeline.files import write_parquet
+from pipeline.manifest import describe_account, digest, read_manifest
+from pipeline.preprocess import preprocess
+from stages.common import door
+
+
+def main(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.params)
+    path = arguments.data / "index" / "manifest.parquet"
+    manifest = read_manifest(path)
+    totals, faults = preprocess(config, manifest, data=arguments.data, manifest_digest=digest(path))
+    write_parquet(arguments.data / "preprocess" / "faults.parquet", faults)
+    print(describe_account(totals))
+    print(f"store: {arguments.data / 'store.zarr'}")
+
+
+if __name__ == "__main__":
+    door(main, __doc__)
