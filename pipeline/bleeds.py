@@ -1,8 +1,8 @@
 """The five bleeds, each with the shape and the place that define it.
 
-An epidural bleed is a lens against the inner table between two sutures; a subdural one a crescent along it, or a layer on the
-falx; a subarachnoid one fills sulci and cisterns; an intraventricular one lies in the ventricles, dependent because the
-patient lies on the back; an intraparenchymal one is a blob in the tissue with a rim of oedema.
+An epidural bleed is a lens against the inner table between two sutures; a subdural one a crescent along it, or a layer
+on the falx; a subarachnoid one fills sulci and cisterns; an intraventricular one lies in the ventricles, dependent
+because the patient lies on the back; an intraparenchymal one is a blob in the tissue with a rim of oedema.
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.anatomy import VAULT_CENTRE_Y_MM, VAULT_CENTRE_Z_MM, Field, Head, Landmarks, ellipsoid, paint, step, wave_noise
+from pipeline.anatomy import (
+    VAULT_CENTRE_Y_MM,
+    VAULT_CENTRE_Z_MM,
+    Field,
+    Head,
+    Landmarks,
+    ellipsoid,
+    step,
+    wave_noise,
+)
+from pipeline.tissue import paint
 
 VISIBLE_MM2 = 60.0
 """Least area of blood in a slice for its label: a smaller patch is one that readers miss or disagree about."""
@@ -67,49 +77,51 @@ def followed_up(bleed: Bleed) -> Bleed:
 
 
 def _draw_epidural(head: Head, side: int, rng: np.random.Generator) -> Bleed:
-    thick_mm = rng.uniform(10, 24)
+    thick_mm = rng.uniform(6.5, 15)
     azimuth, z = rng.uniform(-0.45, 0.60), rng.uniform(8, 48)
     centre = _on_table(head, side, azimuth, z)
-    size = (thick_mm, rng.uniform(24, 34), rng.uniform(18, 28))
-    return Bleed("epidural", "convexity", side, centre, size, rng.uniform(60, 78), shift_mm=max(0.0, thick_mm - 14) * 0.5)
+    size = (thick_mm, rng.uniform(17, 26), rng.uniform(13, 21))
+    hu = rng.uniform(58, 76)
+    return Bleed("epidural", "convexity", side, centre, size, hu, shift_mm=max(0.0, thick_mm - 10) * 0.6)
 
 
 def _draw_subdural(head: Head, side: int, rng: np.random.Generator) -> Bleed:
     kind = str(rng.choice(("convexity", "convexity", "convexity", "falx")))
-    hu = rng.uniform(56, 74)
+    hu = rng.uniform(57, 72)
     if kind == "falx":
-        size = (rng.uniform(4.5, 7.0), rng.uniform(28, 45), rng.uniform(16, 26))
+        size = (rng.uniform(4.0, 6.5), rng.uniform(24, 40), rng.uniform(14, 22))
         return Bleed("subdural", kind, side, (side * 3.0, rng.uniform(0, 40), rng.uniform(55, 64)), size, hu)
-    thick_mm = rng.uniform(5.5, 12)
+    thick_mm = rng.uniform(4.2, 8.5)
     azimuth, z = rng.uniform(-0.25, 0.35), rng.uniform(30, 55)
-    size = (thick_mm, rng.uniform(1.0, 1.4), rng.uniform(22, 36))
+    size = (thick_mm, rng.uniform(0.65, 1.15), rng.uniform(14, 24))
     centre = _on_table(head, side, azimuth, z)
-    return Bleed("subdural", kind, side, centre, size, hu, shift_mm=max(0.0, thick_mm - 6) * 0.9)
+    return Bleed("subdural", kind, side, centre, size, hu, shift_mm=max(0.0, thick_mm - 5) * 0.9)
 
 
 def _draw_subarachnoid(head: Head, side: int, rng: np.random.Generator) -> Bleed:
     kind = str(rng.choice(("basal", "sylvian", "convexity")))
     hu = rng.uniform(54, 68)
     if kind == "basal":
-        return Bleed("subarachnoid", kind, side, (0.0, -2.0, 4.0), (45.0, 34.0, rng.uniform(13, 18)), hu)
+        return Bleed("subarachnoid", kind, side, (0.0, -2.0, 4.0), (36.0, 27.0, rng.uniform(10, 14)), hu)
     if kind == "sylvian":
-        return Bleed("subarachnoid", kind, side, (side * 46.0, -8.0, 15.0), (24.0, 36.0, rng.uniform(13, 20)), hu)
+        return Bleed("subarachnoid", kind, side, (side * 46.0, -8.0, 15.0), (21.0, 28.0, rng.uniform(10, 15)), hu)
     centre = _on_table(head, side, rng.uniform(-0.9, 0.9), rng.uniform(45, 62))
-    return Bleed("subarachnoid", kind, side, centre, (32.0, rng.uniform(28, 40), rng.uniform(14, 20)), hu)
+    return Bleed("subarachnoid", kind, side, centre, (25.0, rng.uniform(20, 29), rng.uniform(10, 15)), hu)
 
 
 def _draw_intraventricular(head: Head, side: int, rng: np.random.Generator) -> Bleed:
-    kind = str(rng.choice(("layer", "layer", "cast", "middle")))
-    level_y_mm = rng.uniform(30, 40)
+    kind = str(rng.choice(("layer", "layer", "layer", "cast", "all")))
+    level_y_mm = rng.uniform(32, 44)
     return Bleed("intraventricular", kind, side, (side * 15.0, level_y_mm, 25.0), (1.2, 1.2, 1.2), rng.uniform(56, 78))
 
 
 def _draw_intraparenchymal(head: Head, side: int, rng: np.random.Generator) -> Bleed:
     kind = str(rng.choice(tuple(SITES_MM), p=(0.28, 0.12, 0.14, 0.14, 0.12, 0.10, 0.10)))
     x, y, z = (float(value + offset) for value, offset in zip(SITES_MM[kind], rng.normal(0, 3.0, 3), strict=True))
-    radius = rng.uniform(7.5, 10.5) if kind in ("thalamus", "cerebellum") else rng.uniform(8.0, 19.0)
+    radius = rng.uniform(6.5, 9.5) if kind in ("thalamus", "cerebellum") else rng.uniform(6.0, 13.5)
     size = (radius * rng.uniform(0.75, 1.0), radius * rng.uniform(0.9, 1.3), radius * rng.uniform(0.8, 1.1))
-    return Bleed("intraparenchymal", kind, side, (side * x, y, z), size, rng.uniform(58, 80), shift_mm=max(0.0, radius - 13) * 0.5)
+    hu, shift_mm = rng.uniform(56, 76), max(0.0, radius - 10) * 0.5
+    return Bleed("intraparenchymal", kind, side, (side * x, y, z), size, hu, shift_mm=shift_mm)
 
 
 _DRAW: dict[str, Callable[[Head, int, np.random.Generator], Bleed]] = {
@@ -156,7 +168,7 @@ def visible_mm2(weight: Field, *, pitch_mm: float) -> float:
 
 
 def _epidural(bleed: Bleed, head: Head, marks: Landmarks) -> Field:
-    """Size: thickness, then half length along the table and half height. A lens: thick in the middle, ends at sutures."""
+    """Size: thickness, then half length along the table and half height. A lens that ends at sutures."""
     thick_mm, length_mm, height_mm = bleed.size_mm
     cx, cy, cz = bleed.centre_mm
     along2 = ((marks.x - cx) ** 2 + (marks.y - cy) ** 2) / length_mm**2 + ((marks.z - cz) / height_mm) ** 2
@@ -164,7 +176,7 @@ def _epidural(bleed: Bleed, head: Head, marks: Landmarks) -> Field:
 
 
 def _subdural(bleed: Bleed, head: Head, marks: Landmarks) -> Field:
-    """Size: thickness, half length (rad along the convexity; mm along the falx), half height. A crescent, or a layer."""
+    """Size: thickness, half length (rad along the convexity; mm along the falx), half height. A crescent or layer."""
     thick_mm, length, height_mm = bleed.size_mm
     _, cy, cz = bleed.centre_mm
     taper = 1.0 - ((marks.z - cz) / height_mm) ** 4
@@ -185,7 +197,7 @@ def _subarachnoid(bleed: Bleed, head: Head, marks: Landmarks) -> Field:
     region = step(-ellipsoid(marks.x, marks.y, marks.z, bleed.centre_mm, bleed.size_mm), 6.0)
     if not (region > 0).any():
         return region
-    swollen_mm = 1.3 - 0.4 * head.atrophy
+    swollen_mm = 1.0 - 0.4 * head.atrophy
     spaces = np.minimum(marks.sylvian, marks.cistern) - 0.6 - 0.5 * swollen_mm
     sulci = np.maximum(marks.sulcus - 1.1 - 0.4 * head.atrophy, marks.depth - 20.0)
     if bleed.kind == "basal":
@@ -195,9 +207,9 @@ def _subarachnoid(bleed: Bleed, head: Head, marks: Landmarks) -> Field:
 
 def _intraventricular(bleed: Bleed, head: Head, marks: Landmarks) -> Field:
     """Size is not used: the ventricles give the form; a layer fills what lies behind the level `centre_mm[1]`."""
-    if bleed.kind == "middle":
-        return step(1.6 - np.minimum(marks.middle_ventricles, marks.lateral_ventricle + 2.5 * (marks.y < 30.0)), 1.4)
-    own = step(1.2 - marks.lateral_ventricle, 1.4)
+    if bleed.kind == "all":
+        return step(0.8 - np.minimum(marks.middle_ventricles, marks.lateral_ventricle + 2.5 * (marks.y < 30.0)), 1.4)
+    own = step(0.8 - marks.lateral_ventricle, 1.4)
     if bleed.kind == "cast":
         return own * step(bleed.side * marks.x, 2.0) * step(marks.z - 6.0, 3.0)
     return own * step(marks.y - bleed.centre_mm[1], 1.5) * step(marks.z - 8.0, 3.0)

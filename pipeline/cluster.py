@@ -53,7 +53,10 @@ def run_tasks(
     logging.getLogger("distributed").setLevel(logging.ERROR)  # what ends well is not news; what fails is raised here
     if scheduler is None:
         cluster = LocalCluster(
-            n_workers=count_workers(workers), threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=logging.ERROR
+            n_workers=count_workers(workers),
+            threads_per_worker=1,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.ERROR,
         )
     else:
         cluster = None

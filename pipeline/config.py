@@ -33,6 +33,10 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 NaturalFloat = Annotated[float, Field(ge=0.0)]
 
 
+UNION_MEMBERS = ("str", "int", "constrained-int", "none", "literal['auto']")
+"""What pydantic adds to a key whose value may have one of several types."""
+
+
 class Section(BaseModel):
     """A section of `params.yaml`: frozen, and closed to keys that it does not know."""
 
@@ -130,6 +134,7 @@ class TrainConfig(Section):
     """The model, and how it learns."""
 
     folds: Annotated[list[Natural], Field(min_length=1)]
+    validation_fraction: Annotated[float, Field(gt=0, le=0.5)]
     model: Literal[MODELS]  # type: ignore[valid-type]
     pretrained: bool
     neighbours: Annotated[int, Field(ge=0, le=8)]
@@ -194,28 +199,41 @@ def load_config(path: Path | str = "params.yaml") -> Config:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such parameter file; run from the project's folder or give --params FILE") from None
+        raise ConfigError(
+            f"{path}: no such parameter file; run from the project's folder or give --params FILE"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected sections ({', '.join(Config.model_fields)}), found {type(values).__name__}")
+        raise ConfigError(
+            f"{path}: expected sections ({', '.join(Config.model_fields)}), found {type(values).__name__}"
+        )
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        faults = "\n".join(f"  {_describe(fault)}" for fault in error.errors())
-        raise ConfigError(f"{path}: {error.error_count()} parameter(s) to mend\n{faults}") from None
+        faults = _describe(error)
+        raise ConfigError(
+            f"{path}: {len(faults)} parameter(s) to mend\n" + "\n".join(f"  {fault}" for fault in faults)
+        ) from None
 
 
-def _describe(fault: Any) -> str:
-    """One line for one fault: key, value, what is allowed."""
-    key = ".".join(str(part) for part in fault["loc"] if not (isinstance(part, str) and ("[" in part or "-" in part)))
-    if fault["type"] == "missing":
-        return f"{key}: missing; every key stands in the parameter file"
-    if fault["type"] == "extra_forbidden":
-        return f"{key}: unknown key"
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if fault["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key} = {fault['input']!r}: expected {message}"
+def _describe(error: ValidationError) -> list[str]:
+    """A line for each key at fault: key, value, what is allowed (pydantic has a fault for each type that a key may have)."""
+    allowed: dict[str, list[str]] = {}
+    values: dict[str, Any] = {}
+    lines: list[str] = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"] if str(part) not in UNION_MEMBERS and "[" not in str(part))
+        message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        if fault["type"] == "missing":
+            lines.append(f"{key}: missing; every key stands in the parameter file")
+        elif fault["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key")
+        elif fault["type"] == "value_error":
+            lines.append(f"{key}: {message}" if key else message)
+        else:
+            values[key] = fault["input"]
+            allowed.setdefault(key, []).append(message)
+    return lines + [f"{key} = {values[key]!r}: expected {' or '.join(messages)}" for key, messages in allowed.items()]

@@ -1,4 +1,4 @@
-"""Write a slice in the exact form of the RSNA 2019 files: 22 elements, identifiers that are no UIDs, nothing compressed."""
+"""Write a slice in the exact form of the RSNA 2019 files: 22 elements, no true UIDs, nothing compressed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pydicom
+import pydicom.config
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 PADDING = -2000
 """Stored value outside the field of view in many RSNA files, with no element that says so."""
 
-IMPLEMENTATION_UID = "1.2.40.0.13.1.1.1"
 BITS_16 = 16
 
 
@@ -58,11 +57,8 @@ def stored_values(pixels_hu: np.ndarray, *, form: StoredForm, field_of_view: np.
         uint16 or int16 [row, column].
     """
     rounded = np.rint(pixels_hu).astype(np.int32)
-    if form.wrapped:
-        # the repair adds 1000, takes 4096 off what reaches 4096, and uses intercept -1000: so HU are kept modulo 4096
-        values = rounded % 4096
-    else:
-        values = rounded - int(float(form.intercept))
+    # wrapped: the repair adds 1000, takes 4096 off what reaches that, and uses intercept -1000; so HU modulo 4096
+    values = rounded % 4096 if form.wrapped else rounded - int(float(form.intercept))
     if not form.signed:
         values = np.clip(values, 0, 4095)
     if field_of_view is not None and not form.wrapped:
@@ -139,8 +135,9 @@ def _file_meta(image_id: str, form: StoredForm) -> FileMetaDataset:
         meta.FileMetaInformationGroupLength = 0  # counted on writing, but only where it is present
     meta.FileMetaInformationVersion = b"\x00\x01"
     meta.MediaStorageSOPClassUID = CTImageStorage
-    meta.MediaStorageSOPInstanceUID = f"1.2.840.4267.32.{int(hashlib.sha256(image_id.encode()).hexdigest()[:30], 16)}"
+    # 2.25 is the root that needs no registration; RSNA's files hold a true UID here, which is not the SOPInstanceUID
+    meta.MediaStorageSOPInstanceUID = UID(f"2.25.{int(hashlib.sha256(image_id.encode()).hexdigest()[:30], 16)}")
     meta.TransferSyntaxUID = ExplicitVRLittleEndian if form.explicit else ImplicitVRLittleEndian
-    meta.ImplementationClassUID = IMPLEMENTATION_UID
+    meta.ImplementationClassUID = PYDICOM_IMPLEMENTATION_UID
     meta.ImplementationVersionName = "PHANTOM"
     return meta

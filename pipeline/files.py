@@ -112,5 +112,7 @@ def only_one(lock: Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise IchorError(f"{lock}: another {what} is running on {lock.parent.parent}; wait for it or give --data") from None
+            raise IchorError(
+                f"{lock}: another {what} is running on {lock.parent.parent}; wait for it or give --data"
+            ) from None
         yield

@@ -33,9 +33,7 @@ def is_wrapped(bits_stored: int, signed: bool, intercept: float) -> bool:
     return bits_stored == 12 and not signed and intercept > WRAP_INTERCEPT_ABOVE
 
 
-def stored_to_hu(
-    stored: npt.NDArray[np.integer], *, slope: float, intercept: float, wrapped: bool = False
-) -> PixelsHU:
+def stored_to_hu(stored: npt.NDArray[np.integer], *, slope: float, intercept: float, wrapped: bool = False) -> PixelsHU:
     """Rescale stored values to HU: HU = slope × stored + intercept (PS3.3 C.11.1.1.2, Modality LUT), air at the least.
 
     Args:
@@ -59,7 +57,9 @@ def stored_to_hu(
     return np.maximum(pixels_hu, np.float32(AIR_HU), out=pixels_hu)
 
 
-def resize_hu(pixels_hu: PixelsHU, *, size: int, row_spacing_mm: float = 1.0, column_spacing_mm: float = 1.0) -> PixelsHU:
+def resize_hu(
+    pixels_hu: PixelsHU, *, size: int, row_spacing_mm: float = 1.0, column_spacing_mm: float = 1.0
+) -> PixelsHU:
     """Resample a slice to `size` × `size`, padded with air where it is not square, its aspect in mm kept.
 
     Shrinking averages over areas; enlarging interpolates linearly.
@@ -81,7 +81,7 @@ def resize_hu(pixels_hu: PixelsHU, *, size: int, row_spacing_mm: float = 1.0, co
     if (rows, columns) != pixels_hu.shape:
         shrinking = rows <= pixels_hu.shape[0] and columns <= pixels_hu.shape[1]
         how = cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR
-        pixels_hu = cv2.resize(pixels_hu, (columns, rows), interpolation=how)
+        pixels_hu = np.asarray(cv2.resize(pixels_hu, (columns, rows), interpolation=how), np.float32)
     if (rows, columns) == (size, size):
         return pixels_hu
     square = np.full((size, size), AIR_HU, np.float32)

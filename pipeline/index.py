@@ -20,7 +20,7 @@ from pipeline.dicom import NATIVE, Header, patient_key, read_header
 from pipeline.errors import SourceError
 from pipeline.hounsfield import is_wrapped
 from pipeline.labels import LABELS, UNKNOWN, read_labels
-from pipeline.manifest import EXCLUDED, REASONS, REPAIRED, USED, kept
+from pipeline.manifest import EXCLUDED, REASONS, USED, kept
 from pipeline.progress import Progress
 
 HEADER_VERSION = "1"
@@ -34,7 +34,9 @@ FILE_COLUMNS = ["source", "path", "size", "mtime_ns"]
 HEADER_COLUMNS = [field.name for field in fields(Header)]
 
 
-def build_manifest(config: Config, known_headers: pd.DataFrame | None = None) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
+def build_manifest(
+    config: Config, known_headers: pd.DataFrame | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
     """Index the sources of `config`.
 
     Args:
@@ -69,7 +71,9 @@ def find_files(sources: list[Path]) -> pd.DataFrame:
     rows: list[tuple[int, str, int, int]] = []
     for number, source in enumerate(sources):
         if not source.exists():
-            raise SourceError(f"source.dicom: {source} does not exist; set it to a folder of DICOM files, a file, or a list")
+            raise SourceError(
+                f"source.dicom: {source} does not exist; set it to a folder of DICOM files, a file, or a list"
+            )
         found = sorted(_walk(source)) if source.is_dir() else [("", source.stat())]
         rows += [(number, path, status.st_size, status.st_mtime_ns) for path, status in found]
     if not rows:
@@ -106,7 +110,9 @@ def read_headers(files: pd.DataFrame, config: Config, known: pd.DataFrame | None
     version = f"{HEADER_VERSION}-{patient_key('', salt=config.index.patient_salt)}"
     if known is None or "version" not in known or not (known["version"] == version).all():
         known = pd.DataFrame(columns=[*FILE_COLUMNS, *HEADER_COLUMNS, "version"])
-    merged = files.reset_index().merge(known[FILE_COLUMNS].reset_index(), on=FILE_COLUMNS, how="left", suffixes=("", "_known"))
+    merged = files.reset_index().merge(
+        known[FILE_COLUMNS].reset_index(), on=FILE_COLUMNS, how="left", suffixes=("", "_known")
+    )
     is_new = merged["index_known"].isna().to_numpy()
     reused = known.loc[merged["index_known"][~is_new].astype(int), HEADER_COLUMNS].set_index(merged["index"][~is_new])
     parts = [reused] if len(reused) else []
@@ -121,7 +127,11 @@ def read_headers(files: pd.DataFrame, config: Config, known: pd.DataFrame | None
 def _read_new(new: pd.DataFrame, config: Config) -> pd.DataFrame:
     sources = config.source.dicom_paths
     tasks = (
-        (part.index.to_numpy(), [str(locate(sources, *at).absolute()) for at in zip(part["source"], part["path"], strict=True)], config.index.patient_salt)
+        (
+            part.index.to_numpy(),
+            [str(locate(sources, *at).absolute()) for at in zip(part["source"], part["path"], strict=True)],
+            config.index.patient_salt,
+        )
         for part in (new.iloc[start : start + HEADERS_PER_TASK] for start in range(0, len(new), HEADERS_PER_TASK))
     )
     workers = 0 if len(new) <= HEADERS_PER_TASK else config.preprocess.workers  # not worth starting processes for
@@ -154,7 +164,9 @@ def classify(headers: pd.DataFrame) -> pd.DataFrame:
     reason[is_kept & manifest[is_kept].duplicated("image_id").reindex(manifest.index, fill_value=False)] = "duplicate"
     wrapped = [
         is_wrapped(bits, signed == 1, intercept)
-        for bits, signed, intercept in zip(manifest["bits_stored"], manifest["signed"], manifest["intercept"], strict=True)
+        for bits, signed, intercept in zip(
+            manifest["bits_stored"], manifest["signed"], manifest["intercept"], strict=True
+        )
     ]
     reason[(reason == "") & np.array(wrapped)] = "wrap_12bit"
     statuses = {"": USED, **{code: status for code, (status, _) in REASONS.items()}}
@@ -165,7 +177,17 @@ def classify(headers: pd.DataFrame) -> pd.DataFrame:
 
 def _header_faults(files: pd.DataFrame) -> pd.Series:
     """The first reason that applies to each file, or an empty text."""
-    geometry = ["position_x_mm", "position_y_mm", "position_z_mm", "row_x", "row_y", "row_z", "column_x", "column_y", "column_z"]
+    geometry = [
+        "position_x_mm",
+        "position_y_mm",
+        "position_z_mm",
+        "row_x",
+        "row_y",
+        "row_z",
+        "column_x",
+        "column_y",
+        "column_z",
+    ]
     spacing = files[["row_spacing_mm", "column_spacing_mm"]]
     expected = files["rows"] * files["columns"] * files["samples"] * (files["bits_allocated"] // 8)
     native = files["transfer_syntax"].isin(NATIVE)
@@ -182,12 +204,17 @@ def _header_faults(files: pd.DataFrame) -> pd.Series:
         "localizer": image_type.map(lambda kinds: "LOCALIZER" in kinds),
         "colour": (files["samples"] != 1) | (files["photometric"] != "MONOCHROME2"),
         "multi_frame": files["frames"] != 1,
-        "not_16_bit": (files["bits_allocated"] != 16) | ~files["bits_stored"].between(1, 16) | ~files["signed"].isin([0, 1]),
+        "not_16_bit": (files["bits_allocated"] != 16)
+        | ~files["bits_stored"].between(1, 16)
+        | ~files["signed"].isin([0, 1]),
         "no_identifiers": (files["study_uid"] == "") | (files["series_uid"] == "") | (files["image_id"] == ""),
-        "no_geometry": ~np.isfinite(files[geometry]).all(axis=1) | ~(spacing > 0).all(axis=1) | ~np.isfinite(spacing).all(axis=1),
+        "no_geometry": ~np.isfinite(files[geometry]).all(axis=1)
+        | ~(spacing > 0).all(axis=1)
+        | ~np.isfinite(spacing).all(axis=1),
         "not_axial": ~axial,
         "no_rescale": ~np.isfinite(files["slope"]) | ~np.isfinite(files["intercept"]) | (files["slope"] == 0),
-        "truncated_pixels": native & ((files["pixel_offset"] + expected > files["size"]) | files["pixel_length"].between(0, expected - 1)),
+        "truncated_pixels": native
+        & ((files["pixel_offset"] + expected > files["size"]) | files["pixel_length"].between(0, expected - 1)),
     }
     assert list(tests) == list(REASONS)[: len(tests)], "reasons are asked in the order of the documented list"
     chosen = np.select([np.asarray(test) for test in tests.values()], list(tests), default="")
@@ -196,7 +223,9 @@ def _header_faults(files: pd.DataFrame) -> pd.Series:
 
 def _normals(files: pd.DataFrame) -> np.ndarray:
     """Slice normals, [file, 3], unit length, pointing to the head's end (larger z)."""
-    normal = np.cross(files[["row_x", "row_y", "row_z"]].to_numpy(), files[["column_x", "column_y", "column_z"]].to_numpy())
+    normal = np.cross(
+        files[["row_x", "row_y", "row_z"]].to_numpy(), files[["column_x", "column_y", "column_z"]].to_numpy()
+    )
     length = np.linalg.norm(normal, axis=1, keepdims=True)
     normal = np.divide(normal, length, out=np.full_like(normal, np.nan), where=length > 0)
     return np.where(normal[:, 2:] < 0, -normal, normal)
@@ -212,16 +241,13 @@ def _choose_series(axial: pd.DataFrame) -> pd.Series:
 def _measure_positions(files: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     """Position in mm along the normal that most slices of the series share, and the tilt of each slice in degrees."""
     orientation = ["row_x", "row_y", "row_z", "column_x", "column_y", "column_z"]
-    rounded = files[orientation].round(4)
-    shared = (
-        rounded.assign(series_uid=files["series_uid"])[files["status"] != EXCLUDED]
-        .groupby(["series_uid", *orientation])
-        .size()
-        .rename("slices")
-        .reset_index()
-        .sort_values(["series_uid", "slices", *orientation], ascending=[True, False, *[True] * 6])
-        .drop_duplicates("series_uid")
-    )
+    slices = files.loc[files["status"] != EXCLUDED, ["series_uid", *orientation]]
+    rounded = [slices[column].round(3).rename(f"{column}_rounded") for column in orientation]
+    grouped = slices.groupby([slices["series_uid"].rename("series"), *rounded])
+    shared = grouped.first().assign(slices=grouped.size()).reset_index(drop=True)
+    shared = shared.sort_values(
+        ["series_uid", "slices", *orientation], ascending=[True, False, *[True] * 6]
+    ).drop_duplicates("series_uid")
     normal_of = pd.DataFrame(_normals(shared), index=shared["series_uid"])
     normal = normal_of.reindex(files["series_uid"]).to_numpy()
     place = files[["position_x_mm", "position_y_mm", "position_z_mm"]].to_numpy()

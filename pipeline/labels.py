@@ -60,7 +60,9 @@ def _read_columns(path: Path) -> tuple[pa.Array, np.ndarray]:
         header = [column.strip().strip('"') for column in file.readline().split(",")]
     if header != HEADER:
         raise LabelError(f"{path}: expected the header ID,Label, found {','.join(header)[:80]!r}")
-    options = pyarrow.csv.ConvertOptions(column_types={"ID": pa.string(), "Label": pa.string()}, strings_can_be_null=False)
+    options = pyarrow.csv.ConvertOptions(
+        column_types={"ID": pa.string(), "Label": pa.string()}, strings_can_be_null=False
+    )
     try:
         table = pyarrow.csv.read_csv(path, convert_options=options)
     except pa.ArrowInvalid as error:

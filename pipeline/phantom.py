@@ -1,38 +1,34 @@
 """A cohort of made-up head CTs, so that everything runs for people with no data of their own.
 
-A cohort is planned first (who has which bleeds, how each study is stored) and rendered after, one study at a time; a study
-depends on the seed and on its own number only, so that any number of processes gives the same bytes.
+A cohort is planned first (who has which bleeds, how each study is stored) and rendered after, one study at a time; what
+a study looks like depends on its plan only, so that any number of processes gives the same bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
-from pipeline import anatomy
+from pipeline import anatomy, tissue
 from pipeline.anatomy import Head
 from pipeline.bleeds import VISIBLE_MM2, Bleed, draw_bleed, followed_up, midline_shift, paint_bleed, visible_mm2
 from pipeline.config import PhantomConfig
-from pipeline.dicom_writer import StoredForm, stored_values, write_rsna_slice
-from pipeline.labels import LABELS, SUBTYPES
+from pipeline.dicom_writer import StoredForm
+from pipeline.labels import SUBTYPES
+from pipeline.tissue import AIR_HU, BASE_TOP_MM, paint
 
 PATIENTS_PER_STUDY = 0.85
 POSITIVE_PATIENTS = 0.62
 SUBTYPES_PER_PATIENT = (2, 3, 2, 1, 3)
-"""How many subtypes one positive patient after another has: 2.2 on average, so that 100 studies hold over 20 of each."""
+"""How many subtypes one positive patient after another has: 2.2 on average, so that 100 studies hold 20 of each."""
 
-LOWEST_MM, HIGHEST_MM = -36.0, 97.0
+LOWEST_MM, HIGHEST_MM = -37.0, 91.0
 GRID = 256
-"""Rows and columns on which anatomy is evaluated before it is scaled up: smooth shapes need no more, and it is 4× faster."""
-
-MODIFIED_S = 1_546_300_800
-"""Modification time of every file, 2019-01-01: a cohort made twice is the same cohort to whoever compares times."""
+"""Rows and columns on which anatomy is evaluated before it is scaled up: smooth shapes need no more, at a quarter of
+the time."""
 
 WRAPPED_STUDY = 3
 """Number of the study of which some slices carry the 12-bit wrap."""
@@ -85,7 +81,7 @@ class StudyPlan:
 
     @property
     def orientation(self) -> tuple[float, float, float, float, float, float]:
-        """Image Orientation (Patient) (0020,0037): rows run to the left, columns to the back and, where tilted, down."""
+        """Image Orientation (Patient) (0020,0037): rows run to the left, columns to the back and down."""
         tilt = np.deg2rad(self.tilt_deg)
         return (1.0, 0.0, 0.0, 0.0, float(np.cos(tilt)), -float(np.sin(tilt)))
 
@@ -109,15 +105,6 @@ class RenderedSlice:
         """0 or 1 for each of `LABELS`; the last, `any`, is the OR of the others."""
         subtypes = tuple(int(area >= VISIBLE_MM2) for area in self.blood_mm2)
         return (*subtypes, int(any(subtypes)))
-
-
-@dataclass(frozen=True)
-class WrittenStudy:
-    """What a worker reports: labels of each image, by image id."""
-
-    number: int
-    patient: int
-    labels: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def plan_cohort(config: PhantomConfig) -> list[StudyPlan]:
@@ -147,7 +134,9 @@ def _deal_subtypes(patients: int, rng: np.random.Generator) -> list[tuple[str, .
     return dealt
 
 
-def _plan_study(config: PhantomConfig, number: int, patient: int, subtypes: tuple[str, ...], *, first: bool) -> StudyPlan:
+def _plan_study(
+    config: PhantomConfig, number: int, patient: int, subtypes: tuple[str, ...], *, first: bool
+) -> StudyPlan:
     of_patient = np.random.default_rng([config.seed, 1, patient])
     rng = np.random.default_rng([config.seed, 2, number])
     head = anatomy.draw_head(of_patient)
@@ -155,12 +144,20 @@ def _plan_study(config: PhantomConfig, number: int, patient: int, subtypes: tupl
     tilt = float(rng.uniform() < 0.85) * rng.uniform(4, 25)
     field_mm = rng.uniform(232, 254)
     return StudyPlan(
-        number=number, patient=patient, seed=config.seed, head=head,
+        number=number,
+        patient=patient,
+        seed=config.seed,
+        head=head,
         bleeds=bleeds if first else tuple(followed_up(bleed) for bleed in bleeds),
-        slices=int(rng.integers(config.slices[0], config.slices[1] + 1)), size=config.size,
-        spacing_mm=field_mm / config.size, tilt_deg=tilt, pitch_deg=tilt + rng.uniform(-7, 7),
-        turn_deg=rng.uniform(-8, 8), offset_mm=(rng.uniform(-7, 7), rng.uniform(-6, 6)), form=_draw_form(number, rng),
-    )  # fmt: skip
+        slices=int(rng.integers(config.slices[0], config.slices[1] + 1)),
+        size=config.size,
+        spacing_mm=field_mm / config.size,
+        tilt_deg=tilt,
+        pitch_deg=tilt + rng.uniform(-7, 7),
+        turn_deg=rng.uniform(-8, 8),
+        offset_mm=(rng.uniform(-7, 7), rng.uniform(-6, 6)),
+        form=_draw_form(number, rng),
+    )
 
 
 def _draw_form(number: int, rng: np.random.Generator) -> StoredForm:
@@ -189,22 +186,30 @@ def render_slice(plan: StudyPlan, index: int, *, noise: bool = True) -> Rendered
         index: 0 is the lowest slice.
         noise: False gives the picture without the scanner's noise.
     """
-    origin, across, down = _plane(plan, index)
     grid = min(plan.size, GRID)
-    x, y, z = _head_coordinates(plan, origin, across, down, grid)
     pitch_mm = plan.spacing_mm * plan.size / grid
-    head = plan.head
-    marks = anatomy.locate(
-        head, x, y, z, pitch_mm=pitch_mm, thickness_mm=plan.step_mm, shift_mm=midline_shift(plan.bleeds)
-    )
-    coarse_hu = np.full((grid, grid), anatomy.AIR_HU, np.float32)
+    marks = locate_slice(plan, index)
+    coarse_hu: np.ndarray = np.full((grid, grid), AIR_HU, np.float32)
     areas_mm2 = _paint_head(coarse_hu, plan, marks, pitch_mm)
     _paint_holder(coarse_hu, plan, grid, pitch_mm)
-    pixels_hu = coarse_hu if grid == plan.size else cv2.resize(coarse_hu, (plan.size,) * 2, interpolation=cv2.INTER_LINEAR)
+    pixels_hu: np.ndarray = coarse_hu
+    if grid < plan.size:
+        pixels_hu = cv2.resize(coarse_hu, (plan.size, plan.size), interpolation=cv2.INTER_LINEAR)
     if noise:
         pixels_hu = pixels_hu + _scanner_noise(plan, index, coarse_hu)
-    position = tuple(float(value) for value in origin)
-    return RenderedSlice(np.clip(pixels_hu, -1024.0, TOP_HU), position, areas_mm2)  # type: ignore[arg-type]
+    x_mm, y_mm, z_mm = (float(value) for value in _plane(plan, index)[0])
+    return RenderedSlice(np.clip(pixels_hu, -1024.0, TOP_HU), (x_mm, y_mm, z_mm), areas_mm2)
+
+
+def locate_slice(plan: StudyPlan, index: int) -> anatomy.Landmarks:
+    """The distances to every structure on a slice's coarse grid, [row, column] of at most `GRID` each way."""
+    grid = min(plan.size, GRID)
+    origin, across, down = _plane(plan, index)
+    x, y, z = _head_coordinates(plan, origin, across, down, grid)
+    pitch_mm = plan.spacing_mm * plan.size / grid
+    return anatomy.locate(
+        plan.head, x, y, z, pitch_mm=pitch_mm, thickness_mm=plan.step_mm, shift_mm=midline_shift(plan.bleeds)
+    )
 
 
 def _plane(plan: StudyPlan, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -219,7 +224,7 @@ def _plane(plan: StudyPlan, index: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 def _head_coordinates(
     plan: StudyPlan, origin: np.ndarray, across: np.ndarray, down: np.ndarray, grid: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Head coordinates x, y, z of the grid's points, float32 [row, column] each, from the very geometry that is written."""
+    """Head coordinates x, y, z of the grid's points, float32 [row, column] each, from the geometry that is written."""
     turn, pitch = np.deg2rad(plan.turn_deg), np.deg2rad(plan.pitch_deg)
     yaw = np.array([[np.cos(turn), np.sin(turn), 0], [-np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
     nod = np.array([[1, 0, 0], [0, np.cos(pitch), -np.sin(pitch)], [0, np.sin(pitch), np.cos(pitch)]])
@@ -227,9 +232,7 @@ def _head_coordinates(
     mm = (((np.arange(grid) + 0.5) * plan.size / grid - 0.5) * plan.spacing_mm).astype(np.float32)
     to_head = yaw @ nod
     shift = np.array([*plan.offset_mm, 0.0])
-    start, step_across, step_down = (
-        (to_head @ vector).astype(np.float32) for vector in (origin - shift, across, down)
-    )
+    start, step_across, step_down = ((to_head @ vector).astype(np.float32) for vector in (origin - shift, across, down))
     columns, rows = mm[None, :], mm[:, None]
     x, y, z = (start[axis] + step_across[axis] * columns + step_down[axis] * rows for axis in range(3))
     return x, y, z
@@ -238,15 +241,15 @@ def _head_coordinates(
 def _paint_head(pixels_hu: np.ndarray, plan: StudyPlan, marks: anatomy.Landmarks, pitch_mm: float) -> tuple[float, ...]:
     """Paint every tissue, in place, and return the visible blood of each subtype in mm²."""
     head = plan.head
-    anatomy.paint_shell(pixels_hu, head, marks)
+    tissue.paint_shell(pixels_hu, head, marks)
     blood = dict.fromkeys(SUBTYPES, 0.0)
     if float(marks.depth.max()) > 0:
-        anatomy.paint_brain(pixels_hu, head, marks)
+        tissue.paint_brain(pixels_hu, head, marks)
         for bleed in plan.bleeds:
             blood[bleed.subtype] = visible_mm2(paint_bleed(pixels_hu, bleed, head, marks), pitch_mm=pitch_mm)
-    if float(marks.z.min()) < anatomy.BASE_TOP_MM:
-        anatomy.paint_base(pixels_hu, head, marks)
-        anatomy.paint_hardening(pixels_hu, head, marks)
+    if float(marks.z.min()) < BASE_TOP_MM:
+        tissue.paint_base(pixels_hu, head, marks)
+        tissue.paint_hardening(pixels_hu, head, marks)
     return tuple(blood.values())
 
 
@@ -257,73 +260,14 @@ def _paint_holder(pixels_hu: np.ndarray, plan: StudyPlan, grid: int, pitch_mm: f
     column_mm, row_mm = along[None, :], along[:, None]
     radius = np.hypot(column_mm / 0.92, row_mm)
     shell = anatomy.step(1.0 - np.abs(radius - 112.0), pitch_mm) * (row_mm > 15.0) * (pixels_hu < -950.0)
-    anatomy.paint(pixels_hu, 60.0, shell.astype(np.float32))
+    paint(pixels_hu, 60.0, shell.astype(np.float32))
 
 
 def _scanner_noise(plan: StudyPlan, index: int, coarse_hu: np.ndarray) -> np.ndarray:
-    """Noise of about 4 HU in the brain, correlated over a pixel or two, and stronger where much bone shadows the slice."""
+    """Noise of about 4 HU in the brain, correlated over a pixel or two, and stronger where a slice holds much bone."""
     rng = np.random.default_rng([plan.seed, 3, plan.number, index])
     white = rng.standard_normal((plan.size, plan.size), dtype=np.float32)
     bone = float(np.count_nonzero(coarse_hu > 300.0)) / coarse_hu.size
     sigma_hu = (3.0 + 14.0 * bone) * np.sqrt(plan.size / 512.0 * 240.0 / (plan.spacing_mm * plan.size))
-    # a Gaussian of 0.6 pixels leaves 0.47 of the standard deviation
+    # the 3 × 3 Gaussian leaves 0.54 of the standard deviation
     return cv2.GaussianBlur(white, (3, 3), 0.6) * np.float32(sigma_hu / 0.54)
-
-
-def write_study(plan: StudyPlan, folder: Path | str) -> WrittenStudy:
-    """Render a study and write its slices into `folder`, flat, in the RSNA form."""
-    cv2.setNumThreads(1)  # the studies are what runs in parallel
-    written = WrittenStudy(plan.number, plan.patient)
-    circle = _field_of_view(plan.size) if plan.form.signed else None
-    study_id, series_id, patient_id = (
-        _identifier(plan, what, digits) for what, digits in (("study", 10), ("series", 10), (f"patient {plan.patient}", 8))
-    )
-    for index, rendered in enumerate(render_study(plan)):
-        image_id = _identifier(plan, f"image {index}", 9)
-        form = _form_of_slice(plan, index)
-        path = Path(folder) / _file_name(image_id)
-        write_rsna_slice(
-            path, stored=stored_values(rendered.pixels_hu, form=form, field_of_view=circle), form=form, image_id=image_id,
-            study_id=study_id, series_id=series_id, patient_id=patient_id, position_mm=rendered.position_mm,
-            orientation=plan.orientation, spacing_mm=plan.spacing_mm,
-        )  # fmt: skip
-        os.utime(path, (MODIFIED_S, MODIFIED_S))
-        written.labels[image_id] = rendered.labels
-    return written
-
-
-def _form_of_slice(plan: StudyPlan, index: int) -> StoredForm:
-    if plan.number == WRAPPED_STUDY and index % 4 == 1:
-        return replace(plan.form, wrapped=True, intercept=str(index % 8 // 4))
-    return plan.form
-
-
-def _field_of_view(size: int) -> np.ndarray:
-    along = np.arange(size) - (size - 1) / 2
-    return np.hypot(along[None, :], along[:, None]) <= size / 2
-
-
-def _identifier(plan: StudyPlan, what: str, digits: int) -> str:
-    """An identifier that looks random and sorts at random, as RSNA's do; the patient's is the same in all its studies."""
-    name = what if what.startswith("patient") else f"study {plan.number} {what}"
-    return "ID_" + hashlib.sha256(f"{plan.seed}/{name}".encode()).hexdigest()[:digits]
-
-
-def _file_name(image_id: str) -> str:
-    """The image id with ``.dcm``, which about one file in 200 lacks, as a few of RSNA's do."""
-    return image_id if int(image_id[-4:], 16) % 200 == 0 else f"{image_id}.dcm"
-
-
-def write_labels(studies: list[WrittenStudy], path: Path | str) -> None:
-    """Write the labels in Kaggle's form: ``ID,Label``, six rows an image, images in the order of their ids."""
-    labels = {image_id: values for study in studies for image_id, values in study.labels.items()}
-    lines = [
-        f"{image_id}_{name},{value}" for image_id in sorted(labels) for name, value in zip(LABELS, labels[image_id], strict=True)
-    ]
-    Path(path).write_text("\n".join(["ID,Label", *lines]) + "\n", encoding="utf-8")
-    os.utime(path, (MODIFIED_S, MODIFIED_S))
-
-
-def needed_bytes(plans: list[StudyPlan]) -> int:
-    """Disk space that the cohort takes."""
-    return sum(plan.slices * (2 * plan.size**2 + 4096) for plan in plans)

@@ -70,7 +70,9 @@ class StudyResult:
     lowest_hu: float
 
 
-def preprocess(config: Config, manifest: pd.DataFrame, *, data: Path, manifest_digest: str) -> tuple[dict[str, Any], pd.DataFrame]:
+def preprocess(
+    config: Config, manifest: pd.DataFrame, *, data: Path, manifest_digest: str
+) -> tuple[dict[str, Any], pd.DataFrame]:
     """Convert the manifest's slices, and publish `data/store.zarr`.
 
     Args:
@@ -98,20 +100,35 @@ def preprocess(config: Config, manifest: pd.DataFrame, *, data: Path, manifest_d
         _refuse_changed(slices, results)
         final = _apply_faults(manifest, results)
         totals = account(final)
-        _publish(config.preprocess, slices, tasks, results, data=data, attributes={"manifest_sha256": manifest_digest, "accounting": totals})
+        _publish(
+            config.preprocess,
+            slices,
+            tasks,
+            results,
+            data=data,
+            attributes={"manifest_sha256": manifest_digest, "accounting": totals},
+        )
     changed = final[(final["status"] != manifest["status"])]
     return totals, changed[["source", "path", "image_id", "study_uid", "status", "reason"]]
 
 
 def _plan(slices: pd.DataFrame, config: Config, wip: Path) -> Iterator[StudyTask]:
-    shape = json.dumps([_code_digest(), config.preprocess.image_size, [(name, w.centre, w.width) for name, w in config.preprocess.windows.items()]])
+    shape = json.dumps(
+        [
+            _code_digest(),
+            config.preprocess.image_size,
+            [(name, w.centre, w.width) for name, w in config.preprocess.windows.items()],
+        ]
+    )
     sources = [source.absolute() for source in config.source.dicom_paths]
     records = slices[SLICE_COLUMNS].to_dict("records")
     for start, stop in _study_bounds(slices):
         rows = [{str(key): value for key, value in record.items()} for record in records[start:stop]]
         paths = [str(locate(sources, row.pop("source"), row.pop("path"))) for row in rows]
         fingerprint = hashlib.sha256((shape + json.dumps(rows)).encode()).hexdigest()[:32]
-        yield StudyTask(fingerprint, wip.absolute(), paths, rows, config.preprocess.image_size, config.preprocess.windows)
+        yield StudyTask(
+            fingerprint, wip.absolute(), paths, rows, config.preprocess.image_size, config.preprocess.windows
+        )
 
 
 def _study_bounds(slices: pd.DataFrame) -> list[tuple[int, int]]:
@@ -146,7 +163,9 @@ def _is_finished(task: StudyTask) -> bool:
         return False
     result = _read_result(task)
     parts = -(-sum(result.kept) // SLOTS)
-    return "changed" not in result.faults.values() and all(shard_path(task.shards, task.fingerprint, part).is_file() for part in range(parts))
+    return "changed" not in result.faults.values() and all(
+        shard_path(task.shards, task.fingerprint, part).is_file() for part in range(parts)
+    )
 
 
 def _read_result(task: StudyTask) -> StudyResult:
@@ -158,8 +177,12 @@ def _check_source_and_space(config: Config, waiting: Sequence[StudyTask], data: 
         return
     for source in config.source.dicom_paths:
         if not source.exists():
-            raise SourceError(f"source.dicom: {source} was there when index ran and is gone; bring it back, or run index again")
-    raw_bytes = sum(len(task.paths) for task in waiting) * config.preprocess.image_size**2 * len(config.preprocess.windows)
+            raise SourceError(
+                f"source.dicom: {source} was there when index ran and is gone; bring it back, or run index again"
+            )
+    raw_bytes = (
+        sum(len(task.paths) for task in waiting) * config.preprocess.image_size**2 * len(config.preprocess.windows)
+    )
     require_free_space(data, int(raw_bytes * STORED_FRACTION) + 50_000_000, f"preprocessing {len(waiting):,} studies")
 
 
@@ -173,7 +196,9 @@ def _make_all(waiting: Sequence[StudyTask], config: PreprocessConfig) -> None:
         for results in run_tasks(make_shards, _batches(waiting), workers=workers, scheduler=config.scheduler):
             studies += len(results)
             faults += sum(len(result.faults) for result in results)
-            progress.advance(sum(len(result.kept) for result in results), f"{studies:,} studies, {faults:,} slices excluded")
+            progress.advance(
+                sum(len(result.kept) for result in results), f"{studies:,} studies, {faults:,} slices excluded"
+            )
 
 
 def _batches(tasks: Sequence[StudyTask]) -> Iterator[list[StudyTask]]:
@@ -215,7 +240,9 @@ def _make_study(task: StudyTask) -> StudyResult:
     return result
 
 
-def convert_slice(path: Path, facts: dict[str, Any], *, image_size: int, windows: dict[str, Window]) -> tuple[hounsfield.Pixels, float]:
+def convert_slice(
+    path: Path, facts: dict[str, Any], *, image_size: int, windows: dict[str, Window]
+) -> tuple[hounsfield.Pixels, float]:
     """Convert one DICOM slice to windowed pixels: read, rescale and repair, resample, window.
 
     Args:
@@ -295,7 +322,9 @@ def _publish(
     temporary = data / "wip" / f"store-{os.getpid()}.zarr"
     remove_folder(temporary)
     try:
-        write_store(temporary, content, shards, image_size=config.image_size, windows=config.windows, attributes=attributes)
+        write_store(
+            temporary, content, shards, image_size=config.image_size, windows=config.windows, attributes=attributes
+        )
         replace_folder(temporary, data / "store.zarr")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -315,7 +344,11 @@ def _gather(slices: pd.DataFrame, results: Sequence[StudyResult]) -> StoreConten
     labels = np.full((*shape, len(LABELS)), UNKNOWN, np.int8)
     labels[at] = slices[list(LABELS)].to_numpy(np.int8)
     first = slices.iloc[starts]
-    gaps = slices["position_mm"].groupby(np.repeat(np.arange(len(bounds)), counts)).apply(lambda mm: float(np.median(np.diff(mm))) if len(mm) > 1 else np.nan)
+    gaps = (
+        slices["position_mm"]
+        .groupby(np.repeat(np.arange(len(bounds)), counts))
+        .apply(lambda mm: float(np.median(np.diff(mm))) if len(mm) > 1 else np.nan)
+    )
     cosines = ["row_x", "row_y", "row_z", "column_x", "column_y", "column_z"]
     derived: dict[str, Any] = {
         "num_slices": counts,

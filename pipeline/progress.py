@@ -20,18 +20,27 @@ class Progress:
         total: how much work there is, in `unit`.
         what: the phase, in a word or two.
         unit: the unit of the work, such as ``slices``.
+        done: how much of it was done before, by a run that this one continues.
         stream: where to show it; standard error by default.
     """
 
-    def __init__(self, total: int, *, what: str, unit: str, stream: TextIO | None = None) -> None:
+    def __init__(self, total: int, *, what: str, unit: str, done: int = 0, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self.total, self.what, self.unit = total, what, unit
-        self.done = 0
+        self.done = self.done_before = done
         self.note = ""
         self.started_s = self.shown_s = time.monotonic()
         live = self.stream.isatty()
         self.bar = (
-            tqdm(total=total, desc=what, unit=f" {unit}", file=self.stream, smoothing=0.1, dynamic_ncols=True)
+            tqdm(
+                total=total,
+                initial=done,
+                desc=what,
+                unit=f" {unit}",
+                file=self.stream,
+                smoothing=0.1,
+                dynamic_ncols=True,
+            )
             if live
             else None
         )
@@ -50,7 +59,14 @@ class Progress:
         self.shown_s = time.monotonic()
         elapsed_s = self.shown_s - self.started_s
         line = tqdm.format_meter(
-            self.done, self.total, elapsed_s, ncols=0, prefix=self.what, unit=f" {self.unit}", postfix=self.note or None
+            self.done,
+            self.total,
+            elapsed_s,
+            ncols=0,
+            prefix=self.what,
+            unit=f" {self.unit}",
+            postfix=self.note or None,
+            initial=self.done_before,
         )
         print(line, file=self.stream, flush=True)
 

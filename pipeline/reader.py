@@ -36,7 +36,12 @@ class SliceReader:
     """
 
     def __init__(
-        self, pixels: Path, *, study_uids: npt.NDArray[np.str_], num_slices: npt.NDArray[np.integer], shape: tuple[int, int, int]
+        self,
+        pixels: Path,
+        *,
+        study_uids: npt.NDArray[np.str_],
+        num_slices: npt.NDArray[np.integer],
+        shape: tuple[int, int, int],
     ) -> None:
         self.pixels = pixels
         self.study_uids = study_uids
@@ -45,22 +50,19 @@ class SliceReader:
         self._parts = -(-self.num_slices // SLOTS)
         self._first_part = np.cumsum(self._parts) - self._parts
         self._indexes: npt.NDArray[np.uint64] | None = None
+        self._is_read = np.zeros(int(self._parts.sum()), bool)
 
-    def _shard_indexes(self) -> npt.NDArray[np.uint64]:
-        """uint64 [shard, 64, 2], read when first asked for: each loader worker reads its own."""
+    def _find_chunk(self, study: int, slice_number: int) -> tuple[int, int]:
+        """Offset and length of a slice's chunk; a shard's index is read when it is first asked for."""
         if self._indexes is None:
-            indexes = np.empty((int(self._parts.sum()), SLOTS, 2), np.uint64)
-            for study, parts in enumerate(self._parts):
-                for part in range(parts):
-                    indexes[self._first_part[study] + part] = self._read_index(study, part)
-            self._indexes = indexes
-        return self._indexes
-
-    def _read_index(self, study: int, part: int) -> npt.NDArray[np.uint64]:
-        try:
-            return read_index(self.pixels / shard_name(study, part))
-        except DamageError as damage:
-            raise self._damage(study, part * SLOTS, damage) from None
+            self._indexes = np.empty((len(self._is_read), SLOTS, 2), np.uint64)
+        part, slot = divmod(slice_number, SLOTS)
+        number = self._first_part[study] + part
+        if not self._is_read[number]:
+            self._indexes[number] = read_index(self.pixels / shard_name(study, part))
+            self._is_read[number] = True
+        offset, length = self._indexes[number, slot].tolist()
+        return offset, length
 
     def read_into(self, study: int, slice_number: int, out: npt.NDArray[np.uint8]) -> None:
         """Read one slice into `out`, uint8 [row, column, window], contiguous.
@@ -68,12 +70,11 @@ class SliceReader:
         Raises:
             DamageError: its chunk is missing, cut short or altered; study and slice are named.
         """
-        part, slot = divmod(slice_number, SLOTS)
-        offset, length = (int(value) for value in self._shard_indexes()[self._first_part[study] + part, slot])
         try:
+            offset, length = self._find_chunk(study, slice_number)
             if offset == EMPTY:
                 raise DamageError("its chunk is missing")
-            descriptor = os.open(self.pixels / shard_name(study, part), os.O_RDONLY)
+            descriptor = os.open(self.pixels / shard_name(study, slice_number // SLOTS), os.O_RDONLY)
             try:
                 chunk = os.pread(descriptor, length, offset)
             finally:
@@ -99,15 +100,15 @@ class SliceReader:
             self.read_into(study, slice_number, out[slice_number])
         return out
 
+    def shard_paths(self, study: int) -> list[Path]:
+        """The files that hold a study."""
+        return [self.pixels / shard_name(study, part) for part in range(self._parts[study])]
+
     def verify_study(self, study: int) -> Iterator[str]:
         """Decode every slice of a study; yield a sentence for each that is damaged."""
         out = np.empty(self.shape, np.uint8)
-        try:
-            for part in range(self._parts[study]):
-                self._read_index(study, part)
-        except DamageError as damage:
-            yield str(damage)
-            return
+        first = self._first_part[study]
+        self._is_read[first : first + self._parts[study]] = False  # what is in memory proves nothing about the disk
         for slice_number in range(self.num_slices[study]):
             try:
                 self.read_into(study, slice_number, out)
@@ -117,5 +118,5 @@ class SliceReader:
     def _damage(self, study: int, slice_number: int, damage: DamageError) -> DamageError:
         return DamageError(
             f"{self.pixels / shard_name(study, slice_number // SLOTS)}: study {self.study_uids[study]}, slice "
-            f"{slice_number}: {damage}; run `python -m stages.inspect --verify`, then preprocess again to rebuild it"
+            f"{slice_number}: {damage}; run `python -m stages.inspect --verify --discard`, then preprocess again"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import google_crc32c
 import numpy as np
@@ -22,7 +23,7 @@ SLOTS = 64
 """Slice slots of a shard. Fixed, so that one long study does not change the shape of every other shard; a study with more
 slices takes several shards. An empty slot costs 16 bytes."""
 
-COMPRESSOR = "zstd"
+COMPRESSOR: Literal["zstd"] = "zstd"
 LEVEL = 2
 """On RSNA slices zstd 1 keeps 0.197 of the raw bytes, zstd 2 0.180 at the same speed, zstd 3 0.166 in twice the time."""
 

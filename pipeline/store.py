@@ -78,7 +78,12 @@ def slice_axis(longest: int) -> int:
 def digest_content(content: StoreContent) -> str:
     """SHA-256 over what training can see: format, pixels (by fingerprint), identities, positions and labels."""
     digest = hashlib.sha256(f"ichor-store-{FORMAT_VERSION}".encode())
-    for strings in (content.study, content.per_study["patient_key"], content.per_study["fingerprint"], content.image_id.ravel()):
+    for strings in (
+        content.study,
+        content.per_study["patient_key"],
+        content.per_study["fingerprint"],
+        content.image_id.ravel(),
+    ):
         digest.update("\0".join(strings.tolist()).encode())
     digest.update(np.ascontiguousarray(content.position_mm, "<f4").tobytes())
     digest.update(np.ascontiguousarray(content.labels).tobytes())
@@ -165,7 +170,12 @@ def _dtype(name: str) -> Any:
 
 
 def _write(
-    group: zarr.Group, name: str, values: npt.NDArray[Any], dimensions: tuple[str, ...], meaning: str, fill: float | None = None
+    group: zarr.Group,
+    name: str,
+    values: npt.NDArray[Any],
+    dimensions: tuple[str, ...],
+    meaning: str,
+    fill: float | None = None,
 ) -> None:
     is_text = values.dtype == object
     array = group.create_array(
@@ -238,7 +248,9 @@ class Store:
             return int(matches[0])
         if name.isdigit() and int(name) < len(self.study):
             return int(name)
-        raise StoreError(f"{self.path}: no study {name!r}; give a study uid or a number from 0 to {len(self.study) - 1}")
+        raise StoreError(
+            f"{self.path}: no study {name!r}; give a study uid or a number from 0 to {len(self.study) - 1}"
+        )
 
 
 def _read(group: zarr.Group, name: str) -> npt.NDArray[Any]:

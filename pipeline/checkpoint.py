@@ -1,0 +1,48 @@
+"""Checkpoints that are whole or not there: written under another name, synced, renamed; the newest readable one counts."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import CheckpointError
+from pipeline.files import written_whole
+
+KEEP = 2
+"""The newest, and one more should the newest be damaged."""
+
+
+def save_checkpoint(folder: Path, step: int, content: dict[str, Any]) -> None:
+    """Write `content` (tensors, numbers, texts, lists, dicts) as the checkpoint of `step`, and drop the oldest."""
+    with written_whole(folder / f"step-{step:09d}.pt") as temporary:
+        torch.save(content, temporary)
+    for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
+        old.unlink()
+
+
+def load_newest(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The newest whole checkpoint of a folder, or None.
+
+    Args:
+        folder: where checkpoints lie.
+        identity: what the checkpoint must have been made from; compared key by key.
+
+    Raises:
+        CheckpointError: it was made from other parameters or another store.
+    """
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+        try:
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+            continue  # damaged: the one before it is whole
+        for key, expected in identity.items():
+            found = content["identity"].get(key)
+            if found != expected:
+                raise CheckpointError(
+                    f"{path}: made with {key} = {found!r}, this run has {expected!r}; remove the folder to start anew"
+                )
+        return content
+    return None

@@ -1,0 +1,57 @@
+"""Score the held-out predictions of the folds in train.folds, slice by slice and study by study; write the report.
+
+Reads <data>/store.zarr and <data>/train/fold-K; writes <data>/report/metrics.json, roc.csv and report.html.
+"""
+
+import argparse
+import json
+
+from pipeline.config import load_config
+from pipeline.errors import IchorError
+from pipeline.evaluate import curve_table, evaluate
+from pipeline.files import write_bytes, write_json
+from pipeline.gallery import show_window
+from pipeline.report import describe, render_report
+from pipeline.store import Store
+from stages.common import door
+
+
+def main(arguments: argparse.Namespace) -> None:
+    folder = arguments.data / "report"
+    if not arguments.show:
+        _write(arguments)
+    metrics_path = folder / "metrics.json"
+    if not metrics_path.is_file():
+        raise IchorError(f"{metrics_path}: no scores yet; run `python -m stages.evaluate` (or `dvc repro`) first")
+    print(describe(json.loads(metrics_path.read_bytes())))
+    print(f"report: {folder / 'report.html'}")
+
+
+def _write(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.params)
+    store = Store(arguments.data / "store.zarr")
+    done = evaluate(config, store, train=arguments.data / "train")
+    page = render_report(
+        config,
+        metrics=done.metrics,
+        curves=done.curves,
+        summaries=[fold.summary for fold in done.folds],
+        histories=[fold.history for fold in done.folds],
+        pictures=done.pictures,
+        windows=store.windows,
+        shown_window=show_window(store.windows),
+        accounting=store.attributes.get("accounting"),
+        store_digest=store.digest,
+    )
+    folder = arguments.data / "report"
+    write_json(folder / "metrics.json", done.metrics)
+    write_bytes(folder / "roc.csv", curve_table(done.curves).to_csv(index=False).encode())
+    write_bytes(folder / "report.html", page.encode())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--show", action="store_true", help="print the scores computed before, and compute nothing")
+
+
+if __name__ == "__main__":
+    door(main, __doc__, add_arguments)

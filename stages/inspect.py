@@ -1,0 +1,113 @@
+"""Look into the store: a summary, one study as a contact sheet, or a check of every chunk.
+
+python -m stages.inspect                              the summary
+python -m stages.inspect --study 12 --out sheet.png   a study by number or uid, as a picture
+python -m stages.inspect --verify                     decode everything against its checksums
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from pipeline.errors import DamageError, IchorError
+from pipeline.files import human_bytes
+from pipeline.manifest import describe_account
+from pipeline.progress import Progress
+from pipeline.sheet import draw_sheet
+from pipeline.store import Store
+from pipeline.survey import discard_shards, survey, verify
+from stages.common import door
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--study", metavar="UID|N", help="draw this study as a contact sheet")
+    parser.add_argument("--window", metavar="NAME", help="of the sheet: a window's name, or all (default: the first)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("sheet.png"), metavar="FILE", help="where to draw (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="check that every chunk decodes and agrees with its checksum"
+    )
+    parser.add_argument(
+        "--discard",
+        action="store_true",
+        help="with --verify: drop damaged shards, here and in DVC's cache, so that preprocess makes them anew",
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    store = Store(arguments.data / "store.zarr")
+    if arguments.study is not None:
+        _draw(store, arguments)
+    elif arguments.verify:
+        _verify(store, arguments)
+    elif arguments.json:
+        json.dump(survey(store), sys.stdout, indent=2)
+        print()
+    else:
+        _summarize(store)
+
+
+def _draw(store: Store, arguments: argparse.Namespace) -> None:
+    names = list(store.windows)
+    wanted = arguments.window or names[0]
+    if wanted != "all" and wanted not in names:
+        raise IchorError(f"--window {wanted}: the store has {', '.join(names)}; give one of them, or all")
+    study = store.find_study(arguments.study)
+    draw_sheet(store, study, names if wanted == "all" else [wanted]).save(arguments.out)
+    print(f"study {study} of {len(store.study)}: {arguments.out}")
+
+
+def _verify(store: Store, arguments: argparse.Namespace) -> None:
+    damaged: list[int] = []
+    with Progress(int(store.num_slices.sum()), what="verify", unit="slices") as progress:
+        for study, faults in verify(store):
+            progress.advance(int(store.num_slices[study]), f"{len(damaged)} studies damaged")
+            for fault in faults:
+                print(fault, file=sys.stderr)
+            if faults:
+                damaged.append(study)
+    if not damaged:
+        print(
+            f"{len(store.study):,} studies, {store.num_slices.sum():,} slices: every chunk decodes and agrees with its checksum"
+        )
+        return
+    if arguments.discard:
+        folders = [arguments.data / "wip" / "shards", Path(".dvc/cache")]
+        for study in damaged:
+            discard_shards(store, study, [folder for folder in folders if folder.is_dir()])
+    remedy = (
+        "dropped; run `dvc repro --force preprocess` (or `python -m stages.preprocess`) to make them anew"
+        if arguments.discard
+        else "add --discard to drop them, so that preprocess makes them anew"
+    )
+    raise DamageError(f"{store.path}: {len(damaged)} of {len(store.study)} studies are damaged; {remedy}")
+
+
+def _summarize(store: Store) -> None:
+    facts = survey(store)
+    print(f"{store.path}   format {facts['format_version']}, digest {facts['digest'][:12]}")
+    print(
+        f"  {facts['studies']:,} studies of {facts['patients']:,} patients, {facts['slices']:,} slices "
+        f"({facts['slices_with_labels']:,} with labels), the longest study has {facts['longest_study']}"
+    )
+    print(
+        f"  {facts['image_size']} × {facts['image_size']} × {len(facts['windows'])} windows, {human_bytes(facts['bytes_on_disk'])} on disk, "
+        f"{facts['stored_fraction']:.1%} of the raw pixels' {human_bytes(facts['raw_bytes'])}"
+    )
+    print("\n  label               positive slices  positive studies")
+    for name, counts in facts["labels"].items():
+        print(
+            f"  {name:18s} {counts['slices']:9,} {counts['slices'] / max(1, facts['slices']):6.1%} {counts['studies']:9,} {counts['studies'] / facts['studies']:6.1%}"
+        )
+    print("\n  window     centre/width (HU)   mean   below   above   (of a sample)")
+    for name, window in facts["windows"].items():
+        shown = f"{window['centre']:g}/{window['width']:g}"
+        print(f"  {name:10s} {shown:>17s} {window['mean']:6.1f}  {window['below']:6.1%}  {window['above']:6.1%}")
+    print("\n  " + describe_account(facts["accounting"]).replace("\n", "\n  "))
+
+
+if __name__ == "__main__":
+    door(main, __doc__, add_arguments)

@@ -1,0 +1,127 @@
+"""The counting classifier on drawn heads, of which the number of blood pixels is known."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from pipeline.baseline import Counter, counter_for
+from pipeline.config import Window
+
+WINDOWS = {
+    "brain": Window(centre=40, width=80),
+    "subdural": Window(centre=80, width=200),
+    "soft": Window(centre=40, width=380),
+}
+SIZE = 128
+
+
+def disk(row: float, column: float, radius: float, size: int = SIZE) -> npt.NDArray[np.bool_]:
+    rows, columns = np.mgrid[:size, :size]
+    return (rows - row) ** 2 + (columns - column) ** 2 < radius**2
+
+
+def head_hu(size: int = SIZE) -> npt.NDArray[np.float64]:
+    """Air, a scalp of fat and muscle, a skull, and brain of 35 HU."""
+    middle = (size - 1) / 2
+    pixels_hu = np.full((size, size), -1000.0)
+    for radius, hu in ((0.46, 20.0), (0.43, 1200.0), (0.39, 35.0)):
+        pixels_hu[disk(middle, middle, radius * size, size)] = hu
+    return pixels_hu
+
+
+def windowed(pixels_hu: npt.NDArray[np.float64], windows: dict[str, Window] = WINDOWS) -> npt.NDArray[np.uint8]:
+    fractions = [np.clip((pixels_hu - window.low_hu) / window.width, 0, 1) for window in windows.values()]
+    return np.rint(np.stack(fractions, axis=-1) * 255).astype(np.uint8)
+
+
+@pytest.fixture
+def counter() -> Counter:
+    found, window = counter_for(WINDOWS)
+    assert found is not None
+    assert window == "subdural", "brain ends at 80 HU, and soft is coarser"
+    return found
+
+
+def test_blood_inside_the_skull_is_counted_pixel_by_pixel(counter: Counter) -> None:
+    pixels_hu, blood = head_hu(), disk(50, 60, 7)
+    pixels_hu[blood] = 65
+    assert counter.count(windowed(pixels_hu)) == blood.sum()
+
+
+@pytest.mark.parametrize("hu", [35, 45, 95, 150, 400])
+def test_brain_and_calcium_and_bone_inside_the_skull_are_not_counted(counter: Counter, hu: float) -> None:
+    pixels_hu = head_hu()
+    pixels_hu[disk(50, 60, 7)] = hu
+    assert counter.count(windowed(pixels_hu)) == 0
+
+
+def test_blood_density_outside_the_skull_is_not_counted(counter: Counter) -> None:
+    pixels_hu = head_hu()
+    scalp = pixels_hu == 20
+    pixels_hu[scalp] = 65  # a scalp hematoma all the way round
+    pixels_hu[:6] = 65  # and the head rest
+    assert counter.count(windowed(pixels_hu)) == 0
+
+
+def test_slice_without_a_skull_counts_nothing(counter: Counter) -> None:
+    assert counter.count(windowed(np.full((SIZE, SIZE), -1000.0))) == 0
+    assert counter.count(windowed(np.full((SIZE, SIZE), 65.0))) == 0
+    assert counter.count(windowed(np.full((SIZE, SIZE), 1200.0))) == 0
+
+
+def test_gap_in_the_skull_is_bridged(counter: Counter) -> None:
+    pixels_hu, blood = head_hu(), disk(50, 60, 7)
+    pixels_hu[blood] = 65
+    pixels_hu[:32, 62:66] = np.where(pixels_hu[:32, 62:66] > 300, 35, pixels_hu[:32, 62:66])
+    assert counter.count(windowed(pixels_hu)) == blood.sum()
+
+
+def test_head_cut_off_by_the_edge_of_the_slice_is_survived(counter: Counter) -> None:
+    pixels_hu = np.roll(head_hu(), 20, axis=0)
+    pixels_hu[disk(70, 60, 7)] = 65
+    assert 0 <= counter.count(windowed(pixels_hu)) <= disk(70, 60, 7).sum() + 40
+
+
+@pytest.mark.parametrize("size", [32, 64, 256])
+def test_count_follows_the_size_of_the_slice(counter: Counter, size: int) -> None:
+    pixels_hu, blood = head_hu(size), disk(0.4 * size, 0.5 * size, 0.06 * size, size)
+    pixels_hu[blood] = 65
+    assert counter.count(windowed(pixels_hu)) == blood.sum()
+
+
+def test_bone_is_found_in_a_window_wider_than_bone() -> None:
+    windows = {"subdural": Window(centre=80, width=200), "bone": Window(centre=480, width=2500)}
+    found, _ = counter_for(windows)
+    assert found is not None
+    pixels_hu, blood = head_hu(), disk(50, 60, 7)
+    pixels_hu[blood] = 65
+    assert found.count(windowed(pixels_hu, windows)) == blood.sum()
+
+
+@pytest.mark.parametrize(
+    ("windows", "reason"),
+    [
+        ({"brain": Window(centre=40, width=80)}, "no window covers 50 to 90 HU"),
+        ({"narrow": Window(centre=60, width=100)}, "bone cannot be told from blood"),
+    ],
+)
+def test_windows_that_do_not_allow_counting_are_refused_with_the_reason(windows: dict[str, Window], reason: str) -> None:
+    found, why = counter_for(windows)
+    assert found is None
+    assert reason in why
+
+
+def test_a_slice_takes_less_than_a_millisecond(counter: Counter) -> None:
+    pixels = windowed(head_hu())
+    best = min(_seconds(counter, pixels) for _ in range(50))
+    assert best < 1e-3
+
+
+def _seconds(counter: Counter, pixels: npt.NDArray[np.uint8]) -> float:
+    started = time.perf_counter()
+    counter.count(pixels)
+    return time.perf_counter() - started

@@ -1,0 +1,354 @@
+"""The evaluate stage on a made-up store and made-up folds: what it writes, what it leaves out, and what it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn.metrics
+
+from pipeline.config import Config, Window
+from pipeline.errors import CheckpointError, ConfigError, IchorError, StoreError
+from pipeline.evaluate import differences, evaluate
+from pipeline.labels import ANY, LABELS
+from pipeline.shard import build_shard, encode_chunk
+from pipeline.store import STUDY_ARRAYS, Store, StoreContent, slice_axis, write_store
+from stages.evaluate import main
+from tests.conftest import Cohort, Ran
+from tests.test_baseline import WINDOWS, disk, head_hu, windowed
+
+SIZE = 64
+STUDIES, SLICES = 16, 6
+ACCOUNTING = {
+    "files": 104,
+    "used": 90,
+    "repaired": 6,
+    "excluded": 8,
+    "reasons": {"localizer": 8, "wrap_12bit": 6},
+}
+
+
+class Run:
+    """A store of small heads, half of which bleed, and the results of trained folds beside it."""
+
+    def __init__(self, cohort: Cohort, *, folds: list[int], windows: dict[str, Window] = WINDOWS, **params: Any) -> None:
+        self.cohort, self.windows = cohort, windows
+        self.data = cohort.data
+        self.rng = np.random.default_rng(0)
+        self.params = cohort.write_params(train__folds=folds, folds__count=2, **params)
+        self.config: Config = cohort.config(train__folds=folds, folds__count=2, **params)
+        self.labels = self._draw_labels()
+        self.store = self._write_store()
+        for fold in folds:
+            self.write_fold(fold)
+
+    def _draw_labels(self) -> np.ndarray:
+        labels = np.full((STUDIES, slice_axis(SLICES), len(LABELS)), -1, np.int8)
+        labels[:, :SLICES] = 0
+        for study in range(0, STUDIES, 2):
+            labels[study, 2:5, [study // 2 % 5, ANY]] = 1
+        labels[1, 0] = -1
+        return labels
+
+    def _write_store(self) -> Store:
+        shards = {}
+        for study in range(STUDIES):
+            chunks = [encode_chunk(self.draw(study, number)) for number in range(SLICES)]
+            path = self.cohort.folder / f"{study}.shard"
+            path.write_bytes(build_shard(chunks))
+            shards[study, 0] = path
+        image_id = np.full(self.labels.shape[:2], "", object)
+        image_id[:, :SLICES] = [[f"ID_{s:05x}{k:04x}" for k in range(SLICES)] for s in range(STUDIES)]
+        per_study: dict[str, Any] = {name: np.zeros(STUDIES) for name in STUDY_ARRAYS}
+        per_study |= {
+            "num_slices": np.full(STUDIES, SLICES),
+            "patient_key": np.array([f"key{study:08x}" for study in range(STUDIES)], object),
+            "fingerprint": np.array([f"fingerprint{study}" for study in range(STUDIES)], object),
+            "orientation": np.zeros((STUDIES, 6)),
+        }
+        study_uid = np.array([f"ID_{study:010x}" for study in range(STUDIES)], object)
+        position = np.zeros(self.labels.shape[:2], np.float32)
+        content = StoreContent(study_uid, per_study, image_id, position, self.labels)
+        folder = self.data / "store.zarr"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        attributes = {"accounting": ACCOUNTING}
+        write_store(folder, content, shards, image_size=SIZE, windows=self.windows, attributes=attributes)
+        return Store(folder)
+
+    def draw(self, study: int, number: int) -> np.ndarray:
+        pixels_hu = head_hu(SIZE)
+        if self.labels[study, number, ANY] == 1:
+            pixels_hu[disk(30, 30, 3 + study % 3, SIZE)] = 65
+        return windowed(pixels_hu, self.windows)
+
+    def write_fold(self, fold: int, **changes: Any) -> pd.DataFrame:
+        folder = self.data / "train" / f"fold-{fold}"
+        folder.mkdir(parents=True, exist_ok=True)
+        # Pairs of a bleeding and a free study, so that each of two folds has both; the patient is the study here.
+        at = [(s, k) for s in range(STUDIES) if s // 2 % 2 == fold % 2 for k in range(SLICES)]
+        truth = np.array([self.labels[s, k] for s, k in at]) == 1
+        probabilities = np.clip(0.3 + 0.3 * truth + self.rng.normal(0, 0.12, truth.shape), 0, 1).astype(np.float32)
+        table = pd.DataFrame(
+            {
+                "image_id": [self.store.image_id[s, k] for s, k in at],
+                "study_uid": [self.store.study[s] for s, _ in at],
+                "fold": np.int16(fold),
+                **{name: probabilities[:, label] for label, name in enumerate(LABELS)},
+            }
+        ).sample(frac=1, random_state=fold)
+        table.to_parquet(folder / "predictions.parquet")
+        epochs = pd.DataFrame({"epoch": [1, 2, 3], "learning_rate": 0.1, "train_loss": [0.6, 0.4, 0.3]})
+        epochs.assign(valid_loss=[0.6, 0.5, 0.45], slices_per_s=100.0, seconds=1.0).to_csv(
+            folder / "history.csv", index=False
+        )
+        self.write_summary(fold, **changes)
+        return table
+
+    def write_summary(self, fold: int, **changes: Any) -> None:
+        summary = {
+            "fold": fold,
+            "store_digest": self.store.digest,
+            "params": self.config.train.shaping(),
+            "folds_params": self.config.folds.model_dump(),
+            "epochs": 3,
+            "best_epoch": 3,
+            "best_valid_loss": 0.45,
+            "parameters": 1234,
+            "device": "cpu",
+            "seconds": 3.0,
+            **{f"{part}_{unit}": 8 for part in ("train", "valid", "held_out") for unit in ("slices", "patients")},
+            **changes,
+        }
+        (self.data / "train" / f"fold-{fold}" / "summary.json").write_text(json.dumps(summary))
+
+    def evaluate(self) -> dict[str, Any]:
+        """Run the door in this process, and read what it wrote."""
+        main(argparse.Namespace(params=self.params, data=self.data, show=False))
+        return self.metrics()
+
+    def metrics(self) -> dict[str, Any]:
+        def refuse(constant: str) -> None:
+            raise AssertionError(f"{constant} is not JSON")
+
+        metrics: dict[str, Any] = json.loads((self.report / "metrics.json").read_text(), parse_constant=refuse)
+        return metrics
+
+    @property
+    def report(self) -> Path:
+        return self.data / "report"
+
+    def outputs(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted(self.report.iterdir())}
+
+
+@pytest.fixture
+def run(cohort: Cohort) -> Run:
+    return Run(cohort, folds=[0, 1])
+
+
+def test_stage_writes_metrics_curves_and_report_and_prints_the_scores(run: Run, run_stage: Any) -> None:
+    done: Ran = run_stage("evaluate", params=run.params)
+    assert done.code == 0, done.err
+    assert sorted(run.outputs()) == ["metrics.json", "report.html", "roc.csv"]
+    metrics = run.metrics()
+    assert {"headline", "held_out", "counting", "slice", "study"} == set(metrics)
+    for word in (*LABELS, "macro", "weighted log loss", "counting baseline", str(run.report / "report.html")):
+        assert word in done.out
+    shown = run_stage("evaluate", "--show", params=run.params)
+    assert (shown.code, shown.out) == (0, done.out)
+
+
+def test_scores_equal_scikit_learns_on_the_predictions_joined_by_hand(run: Run) -> None:
+    metrics = run.evaluate()
+    table = pd.concat([pd.read_parquet(run.data / "train" / f"fold-{fold}" / "predictions.parquet") for fold in (0, 1)])
+    number = {image_id: at for at, image_id in np.ndenumerate(run.store.image_id) if image_id}
+    truth = np.array([run.labels[number[image_id]] for image_id in table["image_id"]])
+    known = truth[:, ANY] != -1
+    assert (~known).sum() == 1
+    expected = sklearn.metrics.roc_auc_score(truth[known, ANY], table["any"][known])
+    assert metrics["slice"]["any"]["auc"] == pytest.approx(expected, abs=1e-6)
+    by_study = table.assign(truth=truth[:, ANY]).groupby("study_uid")[["any", "truth"]].max()
+    expected = sklearn.metrics.roc_auc_score(by_study["truth"], by_study["any"])
+    assert metrics["study"]["any"]["auc"] == pytest.approx(expected, abs=1e-6)
+    figures = metrics["slice"]["any"]
+    assert (figures["positives"], figures["negatives"]) == (24, STUDIES * SLICES - 24 - 1)
+    assert (figures["positive_studies"], figures["positive_patients"]) == (8, 8)
+    assert metrics["held_out"]["labelled_slices"] == STUDIES * SLICES - 1
+
+
+def test_counting_baseline_reads_the_same_slices(run: Run) -> None:
+    """In this store every bleeding slice has bright pixels and no other has one: counting is perfect."""
+    counting = run.evaluate()["counting"]
+    assert counting["any_auc"] == 1.0
+    assert counting["any_auc_above_counting"] == pytest.approx(run.metrics()["slice"]["any"]["auc"] - 1, abs=1e-6)
+    assert counting["window"] == "subdural"
+
+
+def test_windows_without_blood_leave_counting_out_and_say_why(cohort: Cohort) -> None:
+    run = Run(cohort, folds=[0, 1], windows={"narrow": Window(centre=40, width=40)})
+    metrics = run.evaluate()
+    assert metrics["counting"]["any_auc"] is None
+    assert "no window covers 50 to 90 HU" in metrics["counting"]["reason"]
+    assert "no window covers" in (run.report / "report.html").read_text()
+
+
+def test_same_input_gives_the_same_bytes(run: Run) -> None:
+    run.evaluate()
+    before = run.outputs()
+    run.evaluate()
+    assert run.outputs() == before
+
+
+def test_leftover_of_another_fold_leaves_no_trace(cohort: Cohort) -> None:
+    run = Run(cohort, folds=[0])
+    run.evaluate()
+    before = run.outputs()
+    run.write_fold(1, store_digest="of another store", seconds=12345.0)
+    run.evaluate()
+    assert run.outputs() == before
+    assert run.metrics()["held_out"]["folds"] == [0]
+    assert set(run.metrics()["slice"]["any"]["auc_by_fold"]) == {"0"}
+
+
+def test_missing_fold_is_refused_by_name(run: Run) -> None:
+    (run.data / "train" / "fold-1" / "predictions.parquet").unlink()
+    with pytest.raises(CheckpointError, match=r"fold 1 is not trained, and train.folds = \[0, 1\] names it; run .*--fold 1"):
+        run.evaluate()
+    assert not run.report.exists()
+
+
+def test_fold_of_another_store_is_refused_with_both_digests(run: Run) -> None:
+    run.write_summary(1, store_digest="0123456789abcdef0123")
+    with pytest.raises(CheckpointError, match=rf"fold 1 .* store 0123456789ab, .* {run.store.digest[:12]}; run"):
+        run.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"params": {"epochs": 7}}, r"fold 0 was trained with train.epochs = 7, the parameters say 20"),
+        ({"params": {"loss": {"focal_gamma": 2.0}}}, r"train.loss.focal_gamma = 2.0, the parameters say 0.0"),
+        ({"folds_params": {"seed": 9}}, r"fold 0 was trained with folds.seed = 9, the parameters say 0"),
+    ],
+)
+def test_fold_of_other_parameters_is_refused_by_key(run: Run, changes: dict[str, Any], message: str) -> None:
+    found: dict[str, Any] = {"params": run.config.train.shaping(), "folds_params": run.config.folds.model_dump()}
+    for section, values in changes.items():
+        for key, value in values.items():
+            found[section][key] = {**found[section][key], **value} if isinstance(value, dict) else value
+    run.write_summary(0, **found)
+    with pytest.raises(CheckpointError, match=message):
+        run.evaluate()
+
+
+def test_differences_name_keys_on_either_side() -> None:
+    assert differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": 4}) == {"b.c": (2, 3), "d": (None, 4)}
+    assert differences({"a": 1}, {"a": 1}) == {}
+    assert differences(None, {"a": 1}, "x") == {"x": (None, {"a": 1})}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_unreadable_summary_is_refused(run: Run, content: str) -> None:
+    (run.data / "train" / "fold-0" / "summary.json").write_text(content)
+    with pytest.raises(CheckpointError, match="fold 0"):
+        run.evaluate()
+
+
+def test_prediction_of_a_slice_that_the_store_lacks_is_refused(run: Run) -> None:
+    table = run.write_fold(1)
+    table.loc[table.index[0], "image_id"] = "ID_fffffffff"
+    table.to_parquet(run.data / "train" / "fold-1" / "predictions.parquet")
+    with pytest.raises(StoreError, match="fold 1 predicts slice ID_fffffffff"):
+        run.evaluate()
+
+
+def test_slice_held_out_by_two_folds_is_refused(run: Run) -> None:
+    table = run.write_fold(0)
+    table.assign(fold=np.int16(1)).to_parquet(run.data / "train" / "fold-1" / "predictions.parquet")
+    with pytest.raises(CheckpointError, match="held out twice"):
+        run.evaluate()
+
+
+@pytest.mark.parametrize("value", [np.nan, -0.1, 1.5])
+def test_prediction_that_is_no_probability_is_refused(run: Run, value: float) -> None:
+    table = run.write_fold(1)
+    table.loc[table.index[3], "subdural"] = value
+    table.to_parquet(run.data / "train" / "fold-1" / "predictions.parquet")
+    with pytest.raises(CheckpointError, match=r"fold 1 has 1 row\(s\)"):
+        run.evaluate()
+
+
+def test_show_without_scores_says_how_to_get_them(run: Run) -> None:
+    with pytest.raises(IchorError, match=r"metrics.json: no scores yet; run `python -m stages.evaluate`"):
+        main(argparse.Namespace(params=run.params, data=run.data, show=True))
+
+
+def test_roc_table_starts_and_ends_in_the_corners(run: Run) -> None:
+    run.evaluate()
+    table = pd.read_csv(run.report / "roc.csv")
+    assert list(table) == ["level", "label", "fold", "fpr", "tpr"]
+    curves = table.groupby(["level", "label", "fold"])
+    assert {fold for _, _, fold in curves.groups} == {"all", "0", "1"}
+    assert (curves.size() <= 200).all()
+    for _, curve in curves:
+        assert curve[["fpr", "tpr"]].iloc[0].tolist() == [0, 0]
+        assert curve[["fpr", "tpr"]].iloc[-1].tolist() == [1, 1]
+        assert (curve[["fpr", "tpr"]].diff().dropna() >= 0).all(axis=None)
+
+
+def test_report_needs_nothing_from_elsewhere_and_names_nobody(run: Run) -> None:
+    run.evaluate()
+    page = (run.report / "report.html").read_text()
+    assert not re.search(r"(src|href)\s*=\s*(?![\"']data:image)", page)
+    assert not re.search(r"https?:|url\(|@import|<script|<link", page)
+    secrets = [*run.store.study, *run.store.patient_key, *run.store.image_id.ravel()]
+    assert not [secret for secret in secrets if secret and secret in page]
+    assert str(run.cohort.folder) not in page
+    assert run.config.index.patient_salt not in re.sub("Ichor", "", page)
+
+
+def test_report_holds_what_was_scored(run: Run) -> None:
+    metrics = run.evaluate()
+    page = (run.report / "report.html").read_text()
+    assert page.count('class="chart"') == len(LABELS) + 2
+    assert "Not a medical device" in page
+    assert f"{metrics['headline']['slice_any_auc']:.3f}" in page
+    assert "104 files found = 90 used + 6 repaired + 8 excluded" in page
+    assert "12-bit values had wrapped round" in page
+    assert run.store.digest[:12] in page
+    assert page.count("<img") == page.count('alt="Head CT') > 4
+    for encoded in re.findall(r"data:image/png;base64,([^\"]+)", page):
+        assert base64.b64decode(encoded).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("labels", "says"), [("data/phantom/labels.csv", True), ("data/rsna/labels.csv", False)])
+def test_report_speaks_of_phantoms_only_where_there_are_any(cohort: Cohort, labels: str, says: bool) -> None:
+    run = Run(cohort, folds=[0, 1], source__labels=labels)
+    run.evaluate()
+    page = (run.report / "report.html").read_text()
+    assert ("phantom" in page) == says
+    assert ("other hospitals" in page.lower()) != says
+
+
+def test_gallery_takes_a_study_once_a_kind(run: Run) -> None:
+    done = evaluate(run.config, run.store, train=run.data / "train")
+    chosen = [(picture.kind, picture.study) for picture in done.pictures]
+    assert len(set(chosen)) == len(chosen)
+    assert {kind for kind, _ in chosen} <= {"found", "missed", "false_alarm"}
+    for picture in done.pictures:
+        bleeds = run.labels[picture.study, picture.slice_number, ANY] == 1
+        assert bleeds == (picture.kind in ("found", "missed"))
+        assert (picture.labelled == "no bleeding") != bleeds
+
+
+def test_bad_parameters_are_refused_before_anything_is_read(run: Run) -> None:
+    run.params.write_text("train: {}\n")
+    with pytest.raises(ConfigError):
+        run.evaluate()

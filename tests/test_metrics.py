@@ -1,0 +1,249 @@
+"""The scores against scikit-learn's, and the two promises that scikit-learn does not make: no leak, and no NaN."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from pipeline.labels import ANY, LABEL_WEIGHTS, LABELS
+from pipeline.metrics import (
+    Curve,
+    Scored,
+    base_rates,
+    decide,
+    log_loss,
+    roc_curves,
+    score,
+    score_counting,
+    score_label,
+    thin,
+    to_studies,
+    weighted_log_loss,
+    youden_threshold,
+)
+
+
+def make_scored(*, patients: int = 40, slices: int = 10, folds: int = 1, seed: int = 0, unknown: float = 0.0) -> Scored:
+    """A study a patient; probabilities that know a little."""
+    rng = np.random.default_rng(seed)
+    rows = patients * slices
+    labels_NL = (rng.random((rows, len(LABELS))) < 0.2).astype(np.int8)
+    labels_NL[:, ANY] = labels_NL[:, :ANY].max(axis=1)
+    probabilities_NL = np.clip(0.35 + 0.25 * labels_NL + rng.normal(0, 0.15, labels_NL.shape), 0.001, 0.999)
+    labels_NL[rng.random(labels_NL.shape) < unknown] = -1
+    study = np.repeat(np.arange(patients), slices)
+    return Scored(labels_NL, probabilities_NL, study, np.array([f"p{number}" for number in study], object), study % folds)
+
+
+@pytest.mark.parametrize("unknown", [0.0, 0.3])
+@pytest.mark.parametrize("label", range(len(LABELS)))
+def test_figures_equal_scikit_learns_on_the_known_rows(label: int, unknown: float) -> None:
+    scored = make_scored(unknown=unknown)
+    known = scored.labels_NL[:, label] != -1
+    truth, probability = scored.labels_NL[known, label], scored.probabilities_NL[known, label]
+    figures = score_label(scored, label)
+    assert figures["auc"] == pytest.approx(sklearn.metrics.roc_auc_score(truth, probability), abs=1e-12)
+    assert figures["average_precision"] == pytest.approx(sklearn.metrics.average_precision_score(truth, probability))
+    assert figures["log_loss"] == pytest.approx(sklearn.metrics.log_loss(truth, probability), abs=1e-12)
+    rate = np.full(len(truth), truth.mean())
+    assert figures["base_rate_log_loss"] == pytest.approx(sklearn.metrics.log_loss(truth, rate), abs=1e-12)
+    assert (figures["positives"], figures["negatives"]) == (truth.sum(), (truth == 0).sum())
+    assert figures["positive_patients"] == len(set(scored.patient_N[known][truth == 1]))
+
+
+def test_sensitivity_and_specificity_equal_the_confusion_matrix_of_the_calls() -> None:
+    scored = make_scored(folds=3)
+    figures, decisions = score_label(scored, ANY), decide(scored, ANY)
+    assert decisions is not None
+    table = sklearn.metrics.confusion_matrix(scored.labels_NL[:, ANY], decisions.called)
+    assert figures["sensitivity"] == pytest.approx(table[1, 1] / table[1].sum())
+    assert figures["specificity"] == pytest.approx(table[0, 0] / table[0].sum())
+    assert len(figures["thresholds"]) == 3
+
+
+def test_weighted_log_loss_equals_scikit_learns_with_label_weights() -> None:
+    scored = make_scored()
+    each = [
+        sklearn.metrics.log_loss(scored.labels_NL[:, label], scored.probabilities_NL[:, label])
+        for label in range(len(LABELS))
+    ]
+    expected = np.average(each, weights=LABEL_WEIGHTS)
+    assert weighted_log_loss(scored.labels_NL, scored.probabilities_NL) == pytest.approx(expected, abs=1e-12)
+
+
+def test_weighted_log_loss_of_masked_labels_equals_scikit_learns_with_row_weights() -> None:
+    scored = make_scored(unknown=0.4)
+    known = scored.labels_NL != -1
+    weights = np.broadcast_to(LABEL_WEIGHTS, known.shape)[known]
+    expected = sklearn.metrics.log_loss(scored.labels_NL[known], scored.probabilities_NL[known], sample_weight=weights)
+    assert weighted_log_loss(scored.labels_NL, scored.probabilities_NL) == pytest.approx(expected, abs=1e-12)
+
+
+def test_base_rates_of_the_challenge_score_what_is_published() -> None:
+    rates = np.array([0.0041, 0.048, 0.035, 0.048, 0.063, 0.144])
+    rows = 100_000
+    labels_NL = (np.arange(rows)[:, None] < np.rint(rates * rows)).astype(np.int8)
+    assert weighted_log_loss(labels_NL, base_rates(labels_NL)) == pytest.approx(0.232, abs=0.002)
+
+
+def test_a_certain_mistake_costs_what_the_challenge_charges() -> None:
+    assert log_loss(np.array([True]), np.array([0.0])) == pytest.approx(-np.log(1e-15))
+    assert log_loss(np.array([False]), np.array([1.0], np.float32)) == pytest.approx(-np.log(1e-15), rel=0.01)
+
+
+def test_unknown_labels_change_nothing_whatever_was_predicted_for_them() -> None:
+    scored = make_scored(unknown=0.3)
+    guess = np.where(scored.labels_NL == -1, 1 - scored.probabilities_NL, scored.probabilities_NL)
+    other = Scored(scored.labels_NL, guess, scored.study_N, scored.patient_N, scored.fold_N)
+    assert score(other) == score(scored)
+
+
+@pytest.mark.parametrize("value", [0, 1, -1])
+def test_label_with_one_class_gives_null_without_a_warning(value: int) -> None:
+    scored = make_scored(slices=1, folds=2)
+    scored.labels_NL[:, 0] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures = score(scored)
+        study = score(to_studies(scored))
+        curves = roc_curves(scored)
+    for key in ("auc", "average_precision", "sensitivity", "specificity", "thresholds"):
+        assert figures["epidural"][key] is None
+    assert figures["macro"]["labels"] == study["macro"]["labels"] == 5
+    assert "epidural" not in {curve.label for curve in curves}
+    json.dumps([figures, study], allow_nan=False)
+
+
+def test_study_takes_the_highest_probability_and_the_highest_known_label() -> None:
+    labels_NL = np.full((5, 6), -1, np.int8)
+    labels_NL[:, ANY] = [0, 1, -1, -1, 0]
+    probabilities_NL = np.tile(np.array([0.1, 0.2, 0.9, 0.3, 0.4])[:, None], 6)
+    study, patient = np.array([4, 4, 4, 7, 9]), np.array(["a", "a", "a", "b", "c"], object)
+    studies = to_studies(Scored(labels_NL, probabilities_NL, study, patient, np.zeros(5, int)))
+    assert studies.study_N.tolist() == [4, 7, 9]
+    assert studies.labels_NL[:, ANY].tolist() == [1, -1, 0]
+    assert studies.probabilities_NL[:, ANY].tolist() == [0.9, 0.3, 0.4]
+    assert studies.patient_N.tolist() == ["a", "b", "c"]
+
+
+def shifted(groups: int, *, folds: bool) -> Scored:
+    """Each group is told apart perfectly, but each by a threshold of its own: chosen on itself it scores 1, else less."""
+    scored = make_scored(patients=40, folds=groups if folds else 1, seed=1)
+    truth = scored.labels_NL[:, ANY] == 1
+    scored.probabilities_NL[:, ANY] = np.where(truth, 0.3, 0.2) + 0.4 * (scored.fold_N if folds else 0)
+    return scored
+
+
+def test_threshold_is_not_chosen_on_the_fold_that_it_scores() -> None:
+    scored = shifted(2, folds=True)
+    figures = score_label(scored, ANY)
+    # Fold 0's threshold comes from fold 1 (0.65) and calls nothing; fold 1's from fold 0 (0.25) calls all.
+    assert figures["thresholds"] == pytest.approx([0.65, 0.25])
+    truth = scored.labels_NL[:, ANY] == 1
+    assert figures["sensitivity"] == pytest.approx((scored.fold_N[truth] == 1).mean())
+    assert figures["specificity"] == pytest.approx((scored.fold_N[~truth] == 0).mean())
+    assert figures["auc_by_fold"] == {"0": 1.0, "1": 1.0}
+
+
+def test_threshold_of_a_single_fold_comes_from_the_other_half_of_the_patients() -> None:
+    """One patient's odd probabilities must not move the threshold that this very patient is called by."""
+    scored = make_scored(patients=4, slices=30, seed=3)
+    before = decide(scored, ANY)
+    mine = scored.patient_N == "p0"
+    scored.probabilities_NL[mine, ANY] = np.where(scored.labels_NL[mine, ANY] == 1, 0.0001, 0.9999)
+    after = decide(scored, ANY)
+    assert before is not None
+    assert after is not None
+    same = [one == other for one, other in zip(before.thresholds, after.thresholds, strict=True)]
+    assert sorted(same) == [False, True], "the half with this patient chose another, the other half the same threshold"
+    kept = after.thresholds[same.index(True)]
+    assert (after.called[mine] == (scored.probabilities_NL[mine, ANY] >= kept)).all()
+
+
+def test_threshold_of_noise_does_not_flatter() -> None:
+    """On its own rows Youden's threshold finds skill in noise; on other rows it must not."""
+    skill = []
+    for seed in range(30):
+        scored = make_scored(patients=20, slices=1, seed=seed)
+        scored.labels_NL[:, ANY] = np.arange(20) % 2
+        scored.probabilities_NL[:, ANY] = np.random.default_rng(seed).random(20)
+        figures = score_label(scored, ANY)
+        skill.append(figures["sensitivity"] + figures["specificity"] - 1)
+    assert abs(np.mean(skill)) < 0.1
+
+
+def test_two_positive_patients_are_enough_for_a_threshold_and_one_is_not() -> None:
+    scored = make_scored()
+    scored.labels_NL[:, 0] = np.isin(scored.patient_N, ["p3", "p17"])
+    assert score_label(scored, 0)["sensitivity"] is not None
+    scored.labels_NL[:, 0] = scored.patient_N == "p3"
+    assert score_label(scored, 0)["sensitivity"] is None
+    assert score_label(scored, 0)["auc"] is not None
+
+
+def test_no_patient_is_in_both_halves_and_the_order_of_rows_does_not_matter() -> None:
+    scored = make_scored(seed=5)
+    order = np.random.default_rng(0).permutation(len(scored))
+    other = Scored(
+        scored.labels_NL[order],
+        scored.probabilities_NL[order],
+        scored.study_N[order],
+        scored.patient_N[order],
+        scored.fold_N[order],
+    )
+    one, two = decide(scored, ANY), decide(other, ANY)
+    assert one is not None
+    assert two is not None
+    assert one.thresholds == two.thresholds
+    assert (one.called[order] == two.called).all()
+
+
+def test_youden_threshold_maximises_sensitivity_plus_specificity() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.random(300) < 0.3
+    probability = np.round(np.clip(truth * 0.2 + rng.random(300) * 0.7, 0, 1), 2)
+    youden = [probability[truth].__ge__(t).mean() + probability[~truth].__lt__(t).mean() for t in np.linspace(0, 1, 1001)]
+    chosen = youden_threshold(truth, probability)
+    assert (probability[truth] >= chosen).mean() + (probability[~truth] < chosen).mean() == pytest.approx(max(youden))
+
+
+def test_youden_threshold_of_useless_probabilities_is_finite() -> None:
+    assert np.isfinite(youden_threshold(np.array([True, False]), np.array([0.1, 0.9])))
+    assert youden_threshold(np.array([True, False]), np.array([0.5, 0.5])) == 0.5
+
+
+def test_roc_curves_equal_scikit_learns_and_come_one_a_fold() -> None:
+    scored = make_scored(folds=2)
+    curves = {(curve.label, curve.fold): curve for curve in roc_curves(scored)}
+    assert set(curves) == {(label, fold) for label in LABELS for fold in ("all", "0", "1")}
+    expected: Any = sklearn.metrics.roc_curve(scored.labels_NL[:, ANY], scored.probabilities_NL[:, ANY])
+    whole = curves["any", "all"]
+    for found, wanted in zip((whole.fpr, whole.tpr, whole.threshold), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert {curve.fold for curve in roc_curves(make_scored(folds=1))} == {"all"}
+
+
+def test_thinned_curve_keeps_its_ends_and_its_area() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.random(20_000) < 0.2
+    fpr, tpr, threshold = sklearn.metrics.roc_curve(truth, rng.normal(truth, 1))
+    whole = Curve("any", "all", fpr, tpr, threshold)
+    thinned = thin(whole)
+    assert len(whole.fpr) > 1000
+    assert len(thinned.fpr) <= 200
+    assert (thinned.fpr[0], thinned.tpr[0], thinned.fpr[-1], thinned.tpr[-1]) == (0, 0, 1, 1)
+    assert sklearn.metrics.auc(thinned.fpr, thinned.tpr) == pytest.approx(sklearn.metrics.auc(fpr, tpr), abs=2e-4)
+
+
+def test_counting_is_scored_on_the_same_rows_as_the_model() -> None:
+    scored = make_scored(unknown=0.2)
+    counts = np.random.default_rng(0).integers(0, 50, len(scored)) + 20 * (scored.labels_NL[:, ANY] == 1)
+    known = scored.labels_NL[:, ANY] != -1
+    counting = score_counting(scored, counts)
+    assert counting["any_auc"] == sklearn.metrics.roc_auc_score(scored.labels_NL[known, ANY], counts[known])
+    assert counting["any_auc_above_counting"] == score_label(scored, ANY)["auc"] - counting["any_auc"]

@@ -1,0 +1,264 @@
+"""Stage one end to end: the right grey levels, the same bytes whatever happens on the way, and nothing done twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+from pydicom.pixels import apply_rescale
+
+import pipeline.preprocess
+from pipeline.config import Config
+from pipeline.dicom_writer import StoredForm
+from pipeline.errors import IchorError, SourceError
+from pipeline.index import build_manifest
+from pipeline.preprocess import preprocess
+from pipeline.store import Store
+from tests.conftest import REAL_DICOM, ROOT, SIGNED_16, Cohort, tree_bytes
+
+
+def run(cohort: Cohort, data: Path | None = None, **changes: Any) -> tuple[Store, dict[str, Any], pd.DataFrame]:
+    config = cohort.config(**changes)
+    manifest, _, _ = build_manifest(config)
+    data = data or cohort.data
+    totals, faults = preprocess(config, manifest, data=data, manifest_digest="m")
+    return Store(data / "store.zarr"), totals, faults
+
+
+def plain_windows(path: Path, config: Config, *, wrapped: bool = False) -> np.ndarray:
+    """The straightforward way: pydicom's decoding and rescale, cv2's area average, windows in float64."""
+    dataset = pydicom.dcmread(path)
+    pixels_hu = apply_rescale(dataset.pixel_array, dataset).astype(np.float64)
+    if wrapped:
+        pixels_hu = (dataset.pixel_array.astype(int) + 1000) % 4096 - 1000.0
+    size = config.preprocess.image_size
+    if size != len(pixels_hu):
+        pixels_hu = cv2.resize(pixels_hu, (size, size), interpolation=cv2.INTER_AREA)
+    windows = config.preprocess.windows.values()
+    return np.stack([(pixels_hu - (w.centre - w.width / 2)) / w.width * 255 for w in windows], axis=-1).clip(0, 255)
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+def test_windowed_values_agree_with_an_independent_windowing(cohort: Cohort, image_size: int) -> None:
+    cohort.add_study(1, 2)
+    cohort.add_study(2, 2, form=SIGNED_16)
+    cohort.add_study(3, 2, form=StoredForm(bits=12, signed=True, intercept="0"))
+    cohort.add_study(4, 2, form=StoredForm(bits=12, signed=False, intercept="1", wrapped=True))
+    store, totals, _ = run(cohort, preprocess__image_size=image_size)
+    config = cohort.config(preprocess__image_size=image_size)
+    assert totals["repaired"] == 2
+    for study, number in store.slices.tolist():
+        path = cohort.dicom / f"{store.image_id[study, number]}.dcm"
+        expected = plain_windows(path, config, wrapped=study == 3)
+        assert np.abs(store.reader.read(study, number) - expected).max() <= 1
+
+
+@pytest.mark.skipif(not REAL_DICOM.is_dir(), reason="the real head CTs are not here")
+@pytest.mark.parametrize("image_size", [256, 512])
+def test_real_heads_agree_with_an_independent_windowing(cohort: Cohort, image_size: int) -> None:
+    cohort.folder.mkdir(exist_ok=True)
+    changes = {"source__dicom": str(REAL_DICOM), "preprocess__image_size": image_size}
+    store, totals, _ = run(cohort, **changes)
+    config = cohort.config(**changes)
+    assert (len(store.study), len(store.slices), totals["excluded"]) == (3, 68, 20)
+    manifest, _, _ = build_manifest(config)
+    paths = dict(zip(manifest["image_id"], manifest["path"], strict=True))
+    for study, number in store.slices.tolist()[::3]:
+        expected = plain_windows(REAL_DICOM / paths[store.image_id[study, number]], config)
+        difference = np.abs(store.reader.read(study, number) - expected)
+        # padding is air for us and −1500 HU for pydicom: only an area that straddles both can differ
+        assert np.quantile(difference, 0.9999) <= 1
+        assert difference[image_size // 4 : -image_size // 4, image_size // 4 : -image_size // 4].max() <= 1
+
+
+def test_bytes_do_not_depend_on_workers_or_order(
+    cohort: Cohort, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for number in range(5):
+        cohort.add_study(number, 3)
+    alone, _, _ = run(cohort)
+    monkeypatch.setattr(pipeline.preprocess, "SLICES_PER_TASK", 4)
+    shared, _, _ = run(cohort, data=tmp_path / "other", preprocess__workers=2)
+    assert tree_bytes(alone.path) == tree_bytes(shared.path)
+
+
+def test_second_run_makes_no_shard_and_an_added_study_costs_one(
+    cohort: Cohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2, 4):
+        cohort.add_study(number, 3)
+    first, _, _ = run(cohort)
+    before = tree_bytes(first.path)
+    made: list[str] = []
+    real = pipeline.preprocess.convert_slice
+
+    def spy(path: Path, *args: Any, **kwargs: Any) -> Any:
+        made.append(path.name)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline.preprocess, "convert_slice", spy)
+    second, _, _ = run(cohort)
+    assert made == []
+    assert tree_bytes(second.path) == before
+    cohort.add_study(3, 2)
+    third, _, _ = run(cohort)
+    assert sorted(made) == ["ID_000030000.dcm", "ID_000030001.dcm"]
+    assert third.study.tolist() == [f"ID_{number:010x}" for number in (1, 2, 3, 4)]
+
+
+def test_changed_label_costs_no_pixels(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort.add_study(1, 2)
+    first, _, _ = run(cohort)
+    monkeypatch.setattr(pipeline.preprocess, "convert_slice", lambda *_, **__: pytest.fail("a pixel was read"))
+    cohort.labels["ID_000010000"] = [1, 0, 0, 0, 0, 1]
+    second, _, _ = run(cohort)
+    assert second.labels[0, 0].tolist() == [1, 0, 0, 0, 0, 1]
+    assert second.digest != first.digest
+
+
+def test_changed_window_makes_all_anew(cohort: Cohort) -> None:
+    cohort.add_study(1, 2)
+    first, _, _ = run(cohort)
+    second, _, _ = run(cohort, preprocess__windows={"bone": {"centre": 600, "width": 2800}})
+    assert list(second.windows) == ["bone"]
+    assert second.per_study["fingerprint"][0] != first.per_study["fingerprint"][0]
+    assert second.reader.read(0, 0).shape == (32, 32, 1)
+
+
+def test_study_of_more_than_64_slices_leaves_every_other_shard_as_it_was(cohort: Cohort) -> None:
+    cohort.size = 16
+    for number in (1, 3):
+        cohort.add_study(number, 3)
+    before, _, _ = run(cohort, preprocess__image_size=16)
+    shards = sorted((before.path / "pixels").glob("c.*"))
+    contents = [shard.read_bytes() for shard in shards]
+    cohort.add_study(2, 70)
+    after, _, _ = run(cohort, preprocess__image_size=16)
+    pixels = after.path / "pixels"
+    assert after.num_slices.tolist() == [3, 70, 3]
+    assert after.image_id.shape == (3, 128)
+    assert [(pixels / name).read_bytes() for name in ("c.0.0.0.0.0", "c.2.0.0.0.0")] == contents
+    assert (pixels / "c.1.1.0.0.0").is_file()
+    import zarr
+
+    array = zarr.open_group(after.path, mode="r")["pixels"]
+    assert isinstance(array, zarr.Array)
+    for number in range(70):
+        np.testing.assert_array_equal(after.reader.read(1, number), array[1, number])
+
+
+def test_undecodable_slice_is_excluded_by_name_and_the_study_goes_on(cohort: Cohort) -> None:
+    cohort.add_study(1, 3)
+    path = cohort.dicom / "ID_000010001.dcm"
+    dataset = pydicom.dcmread(path)
+    dataset.compress(pydicom.uid.RLELossless, generate_instance_uid=False)
+    dataset.save_as(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-600] + bytes(600))  # rubbish where the runs are
+    os.truncate(path, len(content) - 700)
+    store, totals, faults = run(cohort)
+    assert store.num_slices.tolist() == [2]
+    assert totals["excluded"] == 1
+    assert faults["image_id"].tolist() == ["ID_000010001"]
+    assert faults["reason"].tolist() == ["undecodable"]
+
+
+def test_file_changed_after_index_is_an_error_and_what_is_finished_is_kept(cohort: Cohort) -> None:
+    cohort.add_study(1, 2)
+    cohort.add_study(2, 2)
+    config = cohort.config()
+    manifest, _, _ = build_manifest(config)
+    os.utime(cohort.dicom / "ID_000020001.dcm", ns=(1, 1))
+    with pytest.raises(
+        SourceError, match=r"1 file\(s\) changed or vanished after index read them, 'ID_000020001.dcm' first"
+    ):
+        preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+    assert len(list((cohort.data / "wip" / "shards").glob("*.shard"))) == 2
+    assert not (cohort.data / "store.zarr").exists()
+    run(cohort)
+
+
+def test_vanished_source_is_an_error(cohort: Cohort) -> None:
+    cohort.add_study(1, 2)
+    config = cohort.config()
+    manifest, _, _ = build_manifest(config)
+    cohort.dicom.rename(cohort.folder / "elsewhere")
+    with pytest.raises(SourceError, match="was there when index ran and is gone"):
+        preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+
+
+def test_too_little_disk_is_said_before_the_start(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort.add_study(1, 2)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1_000_000})())
+    with pytest.raises(IchorError, match=r"needs about 50\.0 MB, but 1\.0 MB are free"):
+        run(cohort)
+
+
+def test_second_run_on_one_output_is_refused(cohort: Cohort) -> None:
+    from pipeline.files import only_one
+
+    cohort.add_study(1, 2)
+    with (
+        only_one(cohort.data / "wip" / "preprocess.lock", "preprocess"),
+        pytest.raises(IchorError, match="another preprocess is running"),
+    ):
+        run(cohort)
+
+
+def test_preprocess_without_index_says_what_to_do(cohort: Cohort, run_stage: Callable[..., Any]) -> None:
+    cohort.write_params()
+    ran = run_stage("preprocess")
+    assert ran.code == 1
+    assert "no manifest; run `python -m stages.index`" in ran.err
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_killed_run_goes_on_and_ends_in_the_same_bytes(
+    cohort: Cohort, tmp_path: Path, run_stage: Callable[..., Any], sign: signal.Signals
+) -> None:
+    cohort.size = 128
+    for number in range(40):
+        cohort.add_study(number, 12)
+    reference, _, _ = run(cohort, data=tmp_path / "reference", preprocess__image_size=128)
+    cohort.write_params(preprocess__image_size=128)
+    assert run_stage("index").code == 0
+    shards = cohort.data / "wip" / "shards"
+    command = [
+        sys.executable,
+        "-m",
+        "stages.preprocess",
+        "--params",
+        str(cohort.folder / "params.yaml"),
+        "--data",
+        str(cohort.data),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(list(shards.glob("*.json"))) < 3:
+        time.sleep(0.002)
+    process.send_signal(sign)
+    _, err = process.communicate(timeout=60)
+    finished = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.shard")}
+    assert 0 < len(finished) < 40, "the run was to be stopped half-way"
+    assert not (cohort.data / "store.zarr").exists()
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[sign]
+    if sign != signal.SIGKILL:
+        assert "finished work is kept" in err
+        assert "Traceback" not in err
+    assert run_stage("preprocess").code == 0
+    expected = tree_bytes(reference.path)
+    found = tree_bytes(cohort.data / "store.zarr")
+    assert {name: content for name, content in found.items() if name != "zarr.json"} == {
+        name: content for name, content in expected.items() if name != "zarr.json"
+    }
+    assert {path.name: path.stat().st_mtime_ns for path in shards.glob("*.shard") if path.name in finished} == finished
