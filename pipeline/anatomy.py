@@ -72,6 +72,7 @@ def draw_head(rng: np.random.Generator) -> Head:
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     waves = np.concatenate([directions, rng.uniform(0, 2 * np.pi, (9, 1))], axis=1).astype(np.float32)
     age = rng.beta(2.0, 2.0)
+    scanner_hu = rng.uniform(-1.5, 2.0)  # no two scanners agree better than this
     return Head(
         half_width_mm=rng.uniform(61, 68),
         half_length_mm=rng.uniform(76, 84),
@@ -83,14 +84,14 @@ def draw_head(rng: np.random.Generator) -> Head:
         atrophy=0.45 + 0.8 * age,
         ventricles=0.75 + 0.6 * age,
         ventricle_asymmetry=rng.uniform(-0.12, 0.12),
-        white_hu=rng.uniform(27.5, 30.0),
-        grey_hu=rng.uniform(37.0, 40.0),
-        csf_hu=rng.uniform(4.0, 9.0),
-        pool_hu=rng.uniform(56, 80),
-        sinus_mm=rng.uniform(2.6, 6.0),
-        vessel_mm=_sometimes(0.35, rng.uniform(1.2, 2.0), rng),
-        falx_hu=rng.uniform(54, 80),
-        falx_mm=rng.uniform(1.2, 4.6),
+        white_hu=28.5 + scanner_hu,
+        grey_hu=38.5 + scanner_hu,
+        csf_hu=rng.uniform(4.0, 8.0) + scanner_hu,
+        pool_hu=rng.uniform(53, 64),
+        sinus_mm=rng.uniform(3.0, 7.0),
+        vessel_mm=_sometimes(0.45, rng.uniform(1.2, 2.0), rng),
+        falx_hu=rng.uniform(53, 64),
+        falx_mm=rng.uniform(1.4, 5.2),
         falx_plaques=_sometimes(0.4, rng.uniform(2.0, 4.5), rng),
         choroid_hu=rng.uniform(65, 180),
         choroid_mm=(_sometimes(0.8, rng.uniform(2.5, 7.0), rng), _sometimes(0.8, rng.uniform(2.5, 6.5), rng)),
@@ -99,8 +100,8 @@ def draw_head(rng: np.random.Generator) -> Head:
         ganglia_hu=rng.uniform(58, 110),
         ganglia_mm=_sometimes(0.5, rng.uniform(2.5, 6.0), rng),
         hardening_hu=rng.uniform(5, 32),
-        cupping_hu=2.0 + 25.0 * rng.beta(0.8, 0.9),
-        cupping_mm=rng.uniform(3.5, 9.5),
+        cupping_hu=2.0 + 18.0 * rng.beta(0.6, 0.6),
+        cupping_mm=rng.uniform(4.0, 18.0),
         waves=waves,
     )
 

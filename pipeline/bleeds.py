@@ -24,7 +24,7 @@ from pipeline.anatomy import (
 )
 from pipeline.tissue import paint
 
-VISIBLE_MM2 = 60.0
+VISIBLE_MM2 = 80.0
 """Least area of blood in a slice for its label: a smaller patch is one that readers miss or disagree about."""
 
 OEDEMA_HU = 20.0
@@ -73,54 +73,54 @@ def draw_bleed(subtype: str, *, head: Head, rng: np.random.Generator) -> Bleed:
 def followed_up(bleed: Bleed) -> Bleed:
     """The same bleed some days later: a little smaller and paler."""
     width, length, height = bleed.size_mm
-    return replace(bleed, size_mm=(0.92 * width, 0.95 * length, 0.95 * height), hu=max(bleed.hu - 3.0, 52.0))
+    return replace(bleed, size_mm=(0.92 * width, 0.95 * length, 0.95 * height), hu=bleed.hu - 4.0)
 
 
 def _draw_epidural(head: Head, side: int, rng: np.random.Generator) -> Bleed:
-    thick_mm = rng.uniform(6.5, 15)
+    thick_mm = rng.uniform(9, 19)
     azimuth, z = rng.uniform(-0.45, 0.60), rng.uniform(8, 48)
     centre = _on_table(head, side, azimuth, z)
-    size = (thick_mm, rng.uniform(17, 26), rng.uniform(13, 21))
-    hu = rng.uniform(58, 76)
+    size = (thick_mm, rng.uniform(20, 30), rng.uniform(14, 24))
+    hu = rng.uniform(61, 75)
     return Bleed("epidural", "convexity", side, centre, size, hu, shift_mm=max(0.0, thick_mm - 10) * 0.6)
 
 
 def _draw_subdural(head: Head, side: int, rng: np.random.Generator) -> Bleed:
     kind = str(rng.choice(("convexity", "convexity", "convexity", "falx")))
-    hu = rng.uniform(57, 72)
+    hu = rng.uniform(60, 74)
     if kind == "falx":
         size = (rng.uniform(4.0, 6.5), rng.uniform(24, 40), rng.uniform(14, 22))
         return Bleed("subdural", kind, side, (side * 3.0, rng.uniform(0, 40), rng.uniform(55, 64)), size, hu)
-    thick_mm = rng.uniform(4.2, 8.5)
+    thick_mm = rng.uniform(6, 11)
     azimuth, z = rng.uniform(-0.25, 0.35), rng.uniform(30, 55)
-    size = (thick_mm, rng.uniform(0.65, 1.15), rng.uniform(14, 24))
+    size = (thick_mm, rng.uniform(0.8, 1.25), rng.uniform(15, 26))
     centre = _on_table(head, side, azimuth, z)
-    return Bleed("subdural", kind, side, centre, size, hu, shift_mm=max(0.0, thick_mm - 5) * 0.9)
+    return Bleed("subdural", kind, side, centre, size, hu, shift_mm=max(0.0, thick_mm - 6) * 0.9)
 
 
 def _draw_subarachnoid(head: Head, side: int, rng: np.random.Generator) -> Bleed:
     kind = str(rng.choice(("basal", "sylvian", "convexity")))
-    hu = rng.uniform(54, 68)
+    hu = rng.uniform(60, 71)
     if kind == "basal":
-        return Bleed("subarachnoid", kind, side, (0.0, -2.0, 4.0), (36.0, 27.0, rng.uniform(10, 14)), hu)
+        return Bleed("subarachnoid", kind, side, (0.0, -2.0, 4.0), (40.0, 30.0, rng.uniform(11, 15)), hu)
     if kind == "sylvian":
         return Bleed("subarachnoid", kind, side, (side * 46.0, -8.0, 15.0), (21.0, 28.0, rng.uniform(10, 15)), hu)
     centre = _on_table(head, side, rng.uniform(-0.9, 0.9), rng.uniform(45, 62))
-    return Bleed("subarachnoid", kind, side, centre, (25.0, rng.uniform(20, 29), rng.uniform(10, 15)), hu)
+    return Bleed("subarachnoid", kind, side, centre, (28.0, rng.uniform(24, 33), rng.uniform(11, 16)), hu)
 
 
 def _draw_intraventricular(head: Head, side: int, rng: np.random.Generator) -> Bleed:
     kind = str(rng.choice(("layer", "layer", "layer", "cast", "all")))
     level_y_mm = rng.uniform(32, 44)
-    return Bleed("intraventricular", kind, side, (side * 15.0, level_y_mm, 25.0), (1.2, 1.2, 1.2), rng.uniform(56, 78))
+    return Bleed("intraventricular", kind, side, (side * 15.0, level_y_mm, 25.0), (1.2, 1.2, 1.2), rng.uniform(60, 77))
 
 
 def _draw_intraparenchymal(head: Head, side: int, rng: np.random.Generator) -> Bleed:
     kind = str(rng.choice(tuple(SITES_MM), p=(0.28, 0.12, 0.14, 0.14, 0.12, 0.10, 0.10)))
     x, y, z = (float(value + offset) for value, offset in zip(SITES_MM[kind], rng.normal(0, 3.0, 3), strict=True))
-    radius = rng.uniform(6.5, 9.5) if kind in ("thalamus", "cerebellum") else rng.uniform(6.0, 13.5)
+    radius = rng.uniform(7.5, 10.5) if kind in ("thalamus", "cerebellum") else rng.uniform(7.5, 15.5)
     size = (radius * rng.uniform(0.75, 1.0), radius * rng.uniform(0.9, 1.3), radius * rng.uniform(0.8, 1.1))
-    hu, shift_mm = rng.uniform(56, 76), max(0.0, radius - 10) * 0.5
+    hu, shift_mm = rng.uniform(60, 77), max(0.0, radius - 10) * 0.5
     return Bleed("intraparenchymal", kind, side, (side * x, y, z), size, hu, shift_mm=shift_mm)
 
 
@@ -150,16 +150,17 @@ def paint_bleed(brain_hu: Field, bleed: Bleed, head: Head, marks: Landmarks) -> 
     """Lay a bleed over the brain, in place.
 
     Returns:
-        The weight 0 to 1 of the blood inside the skull, [row, column].
+        The weight 0 to 1 of the blood where it can be told from bone, [row, column].
     """
-    weight = _SHAPE[bleed.subtype](bleed, head, marks) * marks.inside
+    inside = marks.inside
+    weight = _SHAPE[bleed.subtype](bleed, head, marks) * inside
     if not weight.any():
         return weight
     if bleed.subtype == "intraparenchymal":
-        rim = step(4.0 + 0.25 * bleed.size_mm[0] - _blob(bleed, head, marks), 3.0) * marks.inside
+        rim = step(4.0 + 0.25 * bleed.size_mm[0] - _blob(bleed, head, marks), 3.0) * inside
         paint(brain_hu, OEDEMA_HU, rim * step(marks.depth - 3.0, 2.0) * (brain_hu > OEDEMA_HU))
     paint(brain_hu, bleed.hu + 2.0 * marks.noise, weight)
-    return weight
+    return weight * (inside > 0.9)  # beside bone, partial volume hides it
 
 
 def visible_mm2(weight: Field, *, pitch_mm: float) -> float:
@@ -182,8 +183,9 @@ def _subdural(bleed: Bleed, head: Head, marks: Landmarks) -> Field:
     taper = 1.0 - ((marks.z - cz) / height_mm) ** 4
     own_side = bleed.side * marks.midline
     if bleed.kind == "falx":
-        layer = thick_mm * np.minimum(taper, 1.0 - ((marks.y - cy) / length) ** 4) - own_side
-        return step(layer, 1.4) * step(own_side, 1.4) * step(42.0 - marks.depth, 6.0)
+        beside_falx = own_side - 0.5 * head.falx_mm
+        layer = thick_mm * np.minimum(taper, 1.0 - ((marks.y - cy) / length) ** 4) - beside_falx
+        return step(layer, 1.4) * step(beside_falx, 1.4) * step(42.0 - marks.depth, 6.0)
     if not (taper > 0).any():
         return np.zeros_like(marks.x)
     azimuth = np.arctan2(marks.y - VAULT_CENTRE_Y_MM, bleed.side * marks.x)
@@ -197,7 +199,7 @@ def _subarachnoid(bleed: Bleed, head: Head, marks: Landmarks) -> Field:
     region = step(-ellipsoid(marks.x, marks.y, marks.z, bleed.centre_mm, bleed.size_mm), 6.0)
     if not (region > 0).any():
         return region
-    swollen_mm = 1.0 - 0.4 * head.atrophy
+    swollen_mm = 1.4 - 0.4 * head.atrophy
     spaces = np.minimum(marks.sylvian, marks.cistern) - 0.6 - 0.5 * swollen_mm
     sulci = np.maximum(marks.sulcus - 1.1 - 0.4 * head.atrophy, marks.depth - 20.0)
     if bleed.kind == "basal":
@@ -208,8 +210,8 @@ def _subarachnoid(bleed: Bleed, head: Head, marks: Landmarks) -> Field:
 def _intraventricular(bleed: Bleed, head: Head, marks: Landmarks) -> Field:
     """Size is not used: the ventricles give the form; a layer fills what lies behind the level `centre_mm[1]`."""
     if bleed.kind == "all":
-        return step(0.8 - np.minimum(marks.middle_ventricles, marks.lateral_ventricle + 2.5 * (marks.y < 30.0)), 1.4)
-    own = step(0.8 - marks.lateral_ventricle, 1.4)
+        return step(1.2 - np.minimum(marks.middle_ventricles, marks.lateral_ventricle + 2.5 * (marks.y < 30.0)), 1.4)
+    own = step(1.2 - marks.lateral_ventricle, 1.4)
     if bleed.kind == "cast":
         return own * step(bleed.side * marks.x, 2.0) * step(marks.z - 6.0, 3.0)
     return own * step(marks.y - bleed.centre_mm[1], 1.5) * step(marks.z - 8.0, 3.0)

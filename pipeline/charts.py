@@ -31,6 +31,13 @@ class Axis:
     title: str
     low: float
     high: float
+    whole: bool = False
+    """Whether only whole numbers stand on it, as for epochs."""
+
+    def ticks(self, most: int = 6) -> list[float]:
+        """Round numbers from end to end, at most `most`."""
+        found = ticks(self.low, self.high, most)
+        return [tick for tick in found if tick == int(tick)] if self.whole else found
 
 
 def chart(
@@ -57,7 +64,7 @@ def chart(
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from `low` to `high`, at most `most`."""
+    """Round numbers between two others, at most `most`."""
     span = max(high - low, 1e-9)
     power = 10.0 ** math.floor(math.log10(span))
     step = next(step for factor in (0.1, 0.2, 0.5, 1, 2, 5) if span / (step := factor * power) <= most - 1 + 1e-9)
@@ -88,13 +95,13 @@ class _Frame:
 
     def grid(self) -> list[str]:
         parts = []
-        for tick in ticks(self.x.low, self.x.high):
+        for tick in self.x.ticks():
             left, bottom = self.at(tick, self.y.low)
             parts.append(self.line(tick, self.y.low, tick, self.y.high, "grid"))
             parts.append(
                 f'<text class="tick" x="{left:.1f}" y="{bottom + 14:.1f}" text-anchor="middle">{tick:g}</text>'
             )
-        for tick in ticks(self.y.low, self.y.high):
+        for tick in self.y.ticks():
             left, middle = self.at(self.x.low, tick)
             parts.append(self.line(self.x.low, tick, self.x.high, tick, "grid"))
             parts.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def load_newest(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None
         try:
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
-            continue  # damaged: the one before it is whole
+            print(f"{path}: damaged, passed over", file=sys.stderr)  # the one before it is whole
+            continue
         for key, expected in identity.items():
             found = content["identity"].get(key)
             if found != expected:

@@ -28,6 +28,14 @@ from pipeline.store import Store
 
 COLUMNS = ["image_id", "study_uid", "fold", *LABELS]
 
+SUMMARY = {
+    "fold", "store_digest", "params", "folds_params", "epochs", "best_epoch", "best_valid_loss", "parameters", "device",
+    "seconds", "train_slices", "valid_slices", "train_patients", "valid_patients",
+}  # fmt: skip
+"""What a fold's summary must hold."""
+
+HISTORY = {"epoch", "train_loss", "valid_loss"}
+
 DECIMALS = 6
 """Of the figures in metrics.json: more than any cohort supports, few enough to read."""
 
@@ -106,8 +114,10 @@ def read_fold(folder: Path, fold: int, *, config: Config, store_digest: str) -> 
 
 def _check_summary(folder: Path, result: TrainedFold, *, config: Config, store_digest: str) -> None:
     fold, summary = result.fold, result.summary
-    if not isinstance(summary, dict) or summary.get("fold") != fold:
+    if not isinstance(summary, dict) or SUMMARY - set(summary) or summary["fold"] != fold:
         raise CheckpointError(f"{folder}/summary.json: not the summary of fold {fold}; train fold {fold} again")
+    if HISTORY - set(result.history):
+        raise CheckpointError(f"{folder}/history.csv: not the history of fold {fold}; train fold {fold} again")
     if summary.get("store_digest") != store_digest:
         raise CheckpointError(
             f"{folder}: fold {fold} was trained on store {str(summary.get('store_digest'))[:12]}, the store is now "
@@ -269,3 +279,11 @@ def curve_table(curves: dict[str, list[Curve]]) -> pd.DataFrame:
     ]
     empty = pd.DataFrame(columns=["level", "label", "fold", "fpr", "tpr"])
     return pd.concat(rows, ignore_index=True).round(DECIMALS) if rows else empty
+
+
+def training_table(folds: Sequence[TrainedFold]) -> pd.DataFrame:
+    """The training curves as rows: fold, epoch, part (training, validation), loss."""
+    parts = {"train_loss": "training", "valid_loss": "validation"}
+    tables = [result.history.melt("epoch", list(parts), "part", "loss").assign(fold=result.fold) for result in folds]
+    table = pd.concat(tables, ignore_index=True).replace({"part": parts})
+    return table[["fold", "epoch", "part", "loss"]].round(DECIMALS)

@@ -219,7 +219,7 @@ def _training_panels(summaries: Sequence[dict[str, Any]], histories: Sequence[pd
         svg = chart(
             lines,
             describe=words,
-            x=Axis("epoch", first, max(longest, first + 1)),
+            x=Axis("epoch", first, max(longest, first + 1), whole=True),
             y=Axis("loss", 0, highest * 1.05),
             size=HISTORY_SIZE,
         )

@@ -71,8 +71,8 @@ def _paint_membranes(brain: Field, head: Head, marks: Landmarks, pitch: float) -
     hanging = step(_falx_depth(marks) - marks.depth, 3.0) * step(marks.above_tentorium, 2.0)
     paint(brain, head.falx_hu, np.minimum(step(0.5 * head.falx_mm - np.abs(marks.midline), pitch), hanging))
     notch = np.hypot(marks.x, marks.y - 12.0) - 21.0
-    leaf = step(0.30 * head.falx_mm + 0.2 - 0.8 * np.abs(marks.above_tentorium), pitch + 0.5) * step(notch, 2.0)
-    paint(brain, head.falx_hu - 6.0, leaf * step(marks.y - 6.0, 3.0))
+    leaf = step(0.42 * head.falx_mm + 0.3 - 0.8 * np.abs(marks.above_tentorium), pitch + 0.5) * step(notch, 2.0)
+    paint(brain, head.falx_hu, leaf * step(marks.y - 6.0, 3.0))
     sagittal = np.hypot(marks.midline / 1.2, marks.depth - 2.0) - head.sinus_mm
     transverse = np.hypot(marks.above_tentorium, marks.depth - 2.5) - head.sinus_mm
     paint(brain, head.pool_hu, step(-sagittal, 1.5) * step(marks.z + 0.7 * marks.y - 30.0, 8.0))
@@ -81,7 +81,7 @@ def _paint_membranes(brain: Field, head: Head, marks: Landmarks, pitch: float) -
     paint(brain, head.pool_hu, step(-straight, 1.5) * step(marks.y - 34.0, 4.0))
     if head.vessel_mm:  # dense middle cerebral arteries, as after contrast: thin, broken, on both sides alike
         artery = np.abs(marks.sylvian + 0.5 + 1.3 * head.atrophy) - head.vessel_mm
-        paint(brain, head.pool_hu + 8.0, step(-artery, pitch) * step(marks.noise + 0.8, 0.5))
+        paint(brain, head.pool_hu, step(-artery, pitch) * step(marks.noise + 0.8, 0.5))
     circle = np.abs(np.hypot(marks.x / 1.2, marks.y + 6.0) - 9.0) + np.abs(marks.z - 2.0) - 1.6
     paint(brain, head.pool_hu - 6.0, step(-circle, 1.5))
 

@@ -60,6 +60,7 @@ class RunState:
     loss_count: int = 0
     best_loss: float = math.inf
     best_epoch: int = -1
+    epoch_seconds: float = 0.0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -104,7 +105,7 @@ def describe_run(config: Config, store: Store, fold: int) -> dict[str, Any]:
         "store_digest": store.digest,
         "params": config.train.shaping(),
         "folds_params": config.folds.model_dump(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "code": digest.hexdigest()[:16],
     }
 
@@ -200,6 +201,7 @@ class Trainer:
         self.best: dict[str, Tensor] = {}
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=config.learning_rate)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
+        self.mean_loss = math.nan
         self.saved_s = time.monotonic()
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
@@ -268,35 +270,39 @@ class Trainer:
             loss_sum += loss_value.detach().to(loss_sum) * count
             state.loss_count += count
             state.batch += 1
-            if state.batch % CHECK_EVERY == 0 or state.batch == self.batches:
+            if self.device.type == "cpu" or state.batch % CHECK_EVERY == 0 or state.batch == self.batches:
                 state.loss_sum = self._finite(loss_sum.item())
+                self.mean_loss = state.loss_sum / state.loss_count
             progress.advance(count, self._note())
-            if time.monotonic() - self.saved_s > config.checkpoint_seconds:
+            # Between two steps of the optimiser there are gradients that a checkpoint does not hold.
+            if self._ends_step(state.batch) and time.monotonic() - self.saved_s > config.checkpoint_seconds:
                 state.loss_sum = self._finite(loss_sum.item())
-                state.seconds += time.monotonic() - started_s
+                state.epoch_seconds += time.monotonic() - started_s
                 started_s = time.monotonic()
                 self._save()
-        state.seconds += time.monotonic() - started_s
+        state.epoch_seconds += time.monotonic() - started_s
 
     def _sum_device(self) -> torch.device:
         return torch.device("cpu") if self.device.type == "mps" else self.device  # mps has no float64
 
     def _note(self) -> str:
         state = self.state
-        mean = state.loss_sum / max(1, state.loss_count - state.loss_count % self.config.batch_size)
         valid = f", valid {state.history[-1]['valid_loss']:.4f}" if state.history else ""
-        return f"epoch {state.epoch + 1}/{self.config.epochs}, loss {mean:.4f}{valid}"
+        return f"epoch {state.epoch + 1}/{self.config.epochs}, loss {self.mean_loss:.4f}{valid}"
 
     def _train_batch(self, batch: Batch) -> Tensor:
         """One batch; the optimiser steps after every `accumulate` of them, and after the last of an epoch."""
         state, config = self.state, self.config
-        ends_step = (state.batch + 1) % config.accumulate == 0 or state.batch + 1 == self.batches
         logits_NL = self._logits(self.forward, batch)
         loss_value = hemorrhage_loss(logits_NL, batch.labels_NL.to(self.device), config.loss)
         self.scaler.scale(loss_value / config.accumulate).backward()
-        if ends_step:
+        if self._ends_step(state.batch + 1):
             self._step()
         return loss_value
+
+    def _ends_step(self, batches: int) -> bool:
+        """Whether the optimiser steps after so many batches of an epoch."""
+        return batches % self.config.accumulate == 0 or batches == self.batches
 
     def _step(self) -> None:
         state, config = self.state, self.config
@@ -346,13 +352,14 @@ class Trainer:
         valid_loss = self._finite(
             hemorrhage_loss(logits_NL, labels_NL, self.config.loss.model_copy(update={"label_smoothing": 0.0})).item()
         )
-        state.seconds += time.monotonic() - started_s
+        state.seconds += state.epoch_seconds + time.monotonic() - started_s
         state.history.append(
             {
                 "epoch": state.epoch + 1,
                 "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
                 "train_loss": state.loss_sum / state.loss_count,
                 "valid_loss": valid_loss,
+                "slices_per_s": round(state.loss_count / max(1e-9, state.epoch_seconds), 1),
                 "seconds": round(state.seconds, 1),
             }
         )
@@ -360,7 +367,7 @@ class Trainer:
             state.best_loss, state.best_epoch = valid_loss, state.epoch
             self.best = {name: value.detach().cpu().clone() for name, value in self.averaged.state_dict().items()}
         state.epoch += 1
-        state.batch, state.loss_sum, state.loss_count = 0, 0.0, 0
+        state.batch, state.loss_sum, state.loss_count, state.epoch_seconds = 0, 0.0, 0, 0.0
         self._save()
 
     def _finite(self, value: float) -> float:

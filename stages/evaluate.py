@@ -1,6 +1,7 @@
 """Score the held-out predictions of the folds in train.folds, slice by slice and study by study; write the report.
 
-Reads <data>/store.zarr and <data>/train/fold-K; writes <data>/report/metrics.json, roc.csv and report.html.
+Reads <data>/store.zarr and <data>/train/fold-K; writes into <data>/report: metrics.json (all figures), headline.json (the
+few that tell two experiments apart), roc.csv and training.csv (curves), and report.html.
 """
 
 import argparse
@@ -8,7 +9,7 @@ import json
 
 from pipeline.config import load_config
 from pipeline.errors import IchorError
-from pipeline.evaluate import curve_table, evaluate
+from pipeline.evaluate import curve_table, evaluate, training_table
 from pipeline.files import write_bytes, write_json
 from pipeline.gallery import show_window
 from pipeline.report import describe, render_report
@@ -45,7 +46,9 @@ def _write(arguments: argparse.Namespace) -> None:
     )
     folder = arguments.data / "report"
     write_json(folder / "metrics.json", done.metrics)
+    write_json(folder / "headline.json", done.metrics["headline"])
     write_bytes(folder / "roc.csv", curve_table(done.curves).to_csv(index=False).encode())
+    write_bytes(folder / "training.csv", training_table(done.folds).to_csv(index=False).encode())
     write_bytes(folder / "report.html", page.encode())
 
 

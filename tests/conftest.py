@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+import stages  # noqa: F401  first, as in a stage: it says how threads are to wait, before torch is imported
 from pipeline.config import Config, load_config
 from pipeline.dicom_writer import StoredForm, write_rsna_slice
 from pipeline.labels import LABELS
@@ -119,6 +120,12 @@ class Cohort:
 
     def config(self, **changes: Any) -> Config:
         return load_config(self.write_params(**changes))
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is synced survives a power cut, and no test cuts the power; thousands of syncs would take minutes."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture

@@ -8,12 +8,14 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics
 
+from pipeline.charts import Axis, Line, chart, ticks
 from pipeline.config import Config, Window
 from pipeline.errors import CheckpointError, ConfigError, IchorError, StoreError
 from pipeline.evaluate import differences, evaluate
@@ -38,7 +40,9 @@ ACCOUNTING = {
 class Run:
     """A store of small heads, half of which bleed, and the results of trained folds beside it."""
 
-    def __init__(self, cohort: Cohort, *, folds: list[int], windows: dict[str, Window] = WINDOWS, **params: Any) -> None:
+    def __init__(
+        self, cohort: Cohort, *, folds: list[int], windows: dict[str, Window] = WINDOWS, **params: Any
+    ) -> None:
         self.cohort, self.windows = cohort, windows
         self.data = cohort.data
         self.rng = np.random.default_rng(0)
@@ -153,16 +157,18 @@ def run(cohort: Cohort) -> Run:
     return Run(cohort, folds=[0, 1])
 
 
-def test_stage_writes_metrics_curves_and_report_and_prints_the_scores(run: Run, run_stage: Any) -> None:
+def test_stage_writes_metrics_curves_and_report_and_prints_the_scores(
+    run: Run, run_stage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     done: Ran = run_stage("evaluate", params=run.params)
     assert done.code == 0, done.err
-    assert sorted(run.outputs()) == ["metrics.json", "report.html", "roc.csv"]
+    assert sorted(run.outputs()) == ["headline.json", "metrics.json", "report.html", "roc.csv", "training.csv"]
     metrics = run.metrics()
     assert {"headline", "held_out", "counting", "slice", "study"} == set(metrics)
     for word in (*LABELS, "macro", "weighted log loss", "counting baseline", str(run.report / "report.html")):
         assert word in done.out
-    shown = run_stage("evaluate", "--show", params=run.params)
-    assert (shown.code, shown.out) == (0, done.out)
+    main(argparse.Namespace(params=run.params, data=run.data, show=True))
+    assert capsys.readouterr().out == done.out
 
 
 def test_scores_equal_scikit_learns_on_the_predictions_joined_by_hand(run: Run) -> None:
@@ -219,7 +225,9 @@ def test_leftover_of_another_fold_leaves_no_trace(cohort: Cohort) -> None:
 
 def test_missing_fold_is_refused_by_name(run: Run) -> None:
     (run.data / "train" / "fold-1" / "predictions.parquet").unlink()
-    with pytest.raises(CheckpointError, match=r"fold 1 is not trained, and train.folds = \[0, 1\] names it; run .*--fold 1"):
+    with pytest.raises(
+        CheckpointError, match=r"fold 1 is not trained, and train.folds = \[0, 1\] names it; run .*--fold 1"
+    ):
         run.evaluate()
     assert not run.report.exists()
 
@@ -254,7 +262,7 @@ def test_differences_name_keys_on_either_side() -> None:
     assert differences(None, {"a": 1}, "x") == {"x": (None, {"a": 1})}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"fold": 0}'])
 def test_unreadable_summary_is_refused(run: Run, content: str) -> None:
     (run.data / "train" / "fold-0" / "summary.json").write_text(content)
     with pytest.raises(CheckpointError, match="fold 0"):
@@ -301,6 +309,16 @@ def test_roc_table_starts_and_ends_in_the_corners(run: Run) -> None:
         assert curve[["fpr", "tpr"]].iloc[0].tolist() == [0, 0]
         assert curve[["fpr", "tpr"]].iloc[-1].tolist() == [1, 1]
         assert (curve[["fpr", "tpr"]].diff().dropna() >= 0).all(axis=None)
+
+
+def test_training_table_holds_both_losses_of_every_fold_and_epoch(run: Run) -> None:
+    run.evaluate()
+    table = pd.read_csv(run.report / "training.csv")
+    assert list(table) == ["fold", "epoch", "part", "loss"]
+    losses = table.set_index(["fold", "part", "epoch"])["loss"]
+    assert len(losses) == 2 * 2 * 3
+    assert losses[1, "validation", 2] == 0.5
+    assert losses[0, "training", 3] == 0.3
 
 
 def test_report_needs_nothing_from_elsewhere_and_names_nobody(run: Run) -> None:
@@ -352,3 +370,21 @@ def test_bad_parameters_are_refused_before_anything_is_read(run: Run) -> None:
     run.params.write_text("train: {}\n")
     with pytest.raises(ConfigError):
         run.evaluate()
+
+
+def test_ticks_are_round_and_few() -> None:
+    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    assert ticks(0, 0.63) == [0, 0.2, 0.4, 0.6]
+    assert Axis("epoch", 1, 3, whole=True).ticks() == [1, 2, 3]
+    assert all(len(ticks(0, high)) <= 6 for high in np.geomspace(1e-3, 1e4, 50))
+
+
+def test_chart_places_lines_by_value_and_escapes_words() -> None:
+    line = Line(np.array([0, 1]), np.array([0, 1]), "slices", "<slices>")
+    svg = chart([line], describe='a "line"', x=Axis("x", 0, 1), y=Axis("y", 0, 1), size=(300, 200))
+    root = ElementTree.fromstring(svg)
+    assert root.attrib["aria-label"] == 'a "line"'
+    drawn = root.find("polyline")
+    assert drawn is not None
+    assert drawn.attrib["points"] == "46.0,160.0 290.0,10.0"
+    assert drawn.findtext("title") == "<slices>"

@@ -37,7 +37,9 @@ def make_scored(*, patients: int = 40, slices: int = 10, folds: int = 1, seed: i
     probabilities_NL = np.clip(0.35 + 0.25 * labels_NL + rng.normal(0, 0.15, labels_NL.shape), 0.001, 0.999)
     labels_NL[rng.random(labels_NL.shape) < unknown] = -1
     study = np.repeat(np.arange(patients), slices)
-    return Scored(labels_NL, probabilities_NL, study, np.array([f"p{number}" for number in study], object), study % folds)
+    return Scored(
+        labels_NL, probabilities_NL, study, np.array([f"p{number}" for number in study], object), study % folds
+    )
 
 
 @pytest.mark.parametrize("unknown", [0.0, 0.3])
@@ -207,7 +209,9 @@ def test_youden_threshold_maximises_sensitivity_plus_specificity() -> None:
     rng = np.random.default_rng(0)
     truth = rng.random(300) < 0.3
     probability = np.round(np.clip(truth * 0.2 + rng.random(300) * 0.7, 0, 1), 2)
-    youden = [probability[truth].__ge__(t).mean() + probability[~truth].__lt__(t).mean() for t in np.linspace(0, 1, 1001)]
+    youden = [
+        probability[truth].__ge__(t).mean() + probability[~truth].__lt__(t).mean() for t in np.linspace(0, 1, 1001)
+    ]
     chosen = youden_threshold(truth, probability)
     assert (probability[truth] >= chosen).mean() + (probability[~truth] < chosen).mean() == pytest.approx(max(youden))
 
