@@ -17,8 +17,9 @@ def assign_folds(
 ) -> npt.NDArray[np.int64]:
     """Deal studies to folds, by patient, stratified by the rarest label that a patient has.
 
-    Patients of a stratum are dealt round by round, each to the fold with fewest patients of that stratum, then fewest
-    studies. A patient's place in the order is a hash of key and seed, so that adding patients moves few others.
+    Patients with the rarest label are dealt first. Each goes to the fold that has fewest patients with that label, then
+    fewest with the patient's other labels, then fewest studies (Sechidis et al. 2011, On the Stratification of Multi-Label
+    Data). A patient's place in the order is a hash of key and seed: the order of the studies does not matter.
 
     Args:
         patient_keys: str [study].
@@ -39,18 +40,25 @@ def assign_folds(
     np.logical_or.at(has_PL, patient_of_study, labels_SL == 1)
     stratum_P = _rarest_label(has_PL)
     studies_P = np.bincount(patient_of_study, minlength=len(patients))
-    order = sorted(range(len(patients)), key=lambda patient: _hash(str(patients[patient]), seed))
+    patients_with_L = has_PL.sum(axis=0)
+    order = sorted(
+        range(len(patients)),
+        key=lambda patient: (
+            patients_with_L[stratum_P[patient]] if stratum_P[patient] != NO_STRATUM else np.inf,
+            -studies_P[patient],
+            _hash(str(patients[patient]), seed),
+        ),
+    )
     fold_P = np.full(len(patients), -1)
-    load = np.zeros(count, np.int64)
-    # Rarest stratum first, so that the common ones even out the sizes; within one, patients with many studies first.
-    for stratum in sorted(set(stratum_P.tolist()), key=lambda s: (int((stratum_P == s).sum()), s)):
-        of_stratum = np.zeros(count, np.int64)
-        members = [patient for patient in order if stratum_P[patient] == stratum]
-        for patient in sorted(members, key=lambda patient: -studies_P[patient]):
-            fold = min(range(count), key=lambda fold: (of_stratum[fold], load[fold], fold))
-            fold_P[patient] = fold
-            of_stratum[fold] += 1
-            load[fold] += studies_P[patient]
+    with_label_FL = np.zeros((count, has_PL.shape[1]), np.int64)
+    studies_F = np.zeros(count, np.int64)
+    for patient in order:
+        others_F = with_label_FL @ has_PL[patient]
+        rarest_F = with_label_FL[:, stratum_P[patient]] if stratum_P[patient] != NO_STRATUM else np.zeros(count)
+        fold = np.lexsort((studies_F, others_F, rarest_F))[0]
+        fold_P[patient] = fold
+        with_label_FL[fold] += has_PL[patient]
+        studies_F[fold] += studies_P[patient]
     folds = fold_P[patient_of_study]
     check_disjoint(patient_keys, folds)
     return folds
