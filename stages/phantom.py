@@ -6,15 +6,15 @@ Writes <data>/phantom/dicom (RSNA's form, one flat folder) and <data>/phantom/la
 import argparse
 from pathlib import Path
 
-from pipeline.cohort import write_cohort
 from pipeline.config import load_config
+from pipeline.phantom.cohort import write_cohort
 from stages.common import door
 
 
 def main(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.params)
     if arguments.figure:
-        from pipeline.phantom_figure import draw_figure  # matplotlib, which nothing else here needs
+        from pipeline.phantom.figure import draw_figure  # matplotlib, which nothing else here needs
 
         draw_figure(config.phantom, arguments.figure)
         print(f"figure written to {arguments.figure}")

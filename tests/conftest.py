@@ -16,8 +16,8 @@ import yaml
 
 import stages  # noqa: F401  first, as in a stage: it says how threads are to wait, before torch is imported
 from pipeline.config import Config, load_config
-from pipeline.dicom_writer import StoredForm, write_rsna_slice
 from pipeline.labels import LABELS
+from pipeline.phantom.dicom_writer import StoredForm, write_rsna_slice
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DICOM = ROOT.parent / "shared" / "dicom"
@@ -91,7 +91,7 @@ class Cohort:
 
     @staticmethod
     def store(pixels_hu: np.ndarray, form: StoredForm) -> np.ndarray:
-        from pipeline.dicom_writer import stored_values
+        from pipeline.phantom.dicom_writer import stored_values
 
         return stored_values(np.maximum(pixels_hu, -1024), form=form)
 

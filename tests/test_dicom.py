@@ -11,7 +11,7 @@ import pytest
 from pydicom.uid import ExplicitVRBigEndian, RLELossless
 
 from pipeline.dicom import PixelFault, read_header, read_stored
-from pipeline.dicom_writer import StoredForm
+from pipeline.phantom.dicom_writer import StoredForm
 from tests.conftest import SIGNED_16, UNSIGNED_12, Cohort
 
 

@@ -14,10 +14,10 @@ import pydicom
 import pytest
 
 import pipeline.index
-from pipeline.dicom_writer import StoredForm
 from pipeline.errors import SourceError
 from pipeline.index import build_manifest, find_files
 from pipeline.manifest import EXCLUDED, REASONS, account, kept
+from pipeline.phantom.dicom_writer import StoredForm
 from tests.conftest import REAL_DICOM, Cohort
 
 

@@ -50,7 +50,9 @@ def test_unknown_labels_count_for_nothing() -> None:
     masked[7] = -1
     known = masked >= 0
     weights = torch.tensor(LABEL_WEIGHTS).expand_as(logits)[known]
-    plain = torch.nn.functional.binary_cross_entropy_with_logits(logits.float()[known], labels.float()[known], weights, reduction="sum")
+    plain = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits.float()[known], labels.float()[known], weights, reduction="sum"
+    )
     assert hemorrhage_loss(logits, masked, PLAIN).item() == pytest.approx((plain / weights.sum()).item(), abs=1e-6)
     logits = logits.float().requires_grad_()
     hemorrhage_loss(logits, masked, PLAIN).backward()
@@ -63,9 +65,7 @@ def test_batch_without_any_label_gives_zero() -> None:
     assert hemorrhage_loss(logits, torch.full_like(labels, -1), PLAIN).item() == 0
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"focal_gamma": 2.0}, {"label_smoothing": 0.1}, {"any_consistency": 0.5}]
-)
+@pytest.mark.parametrize("options", [{}, {"focal_gamma": 2.0}, {"label_smoothing": 0.1}, {"any_consistency": 0.5}])
 def test_gradients_are_right(options: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor.double())  # finite differences need the precision
     logits, labels = draw(4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,14 @@ import numpy as np
 import pydicom
 import pytest
 
-from pipeline import cohort, phantom
-from pipeline.bleeds import VISIBLE_MM2, draw_bleed
-from pipeline.cohort import MODIFIED_S, SPREAD_S, write_cohort, write_study
 from pipeline.config import PhantomConfig
-from pipeline.dicom_writer import PADDING, StoredForm, stored_values
 from pipeline.errors import IchorError
 from pipeline.labels import ANY, LABELS, SUBTYPES, read_labels
-from pipeline.phantom import StudyPlan, locate_slice, plan_cohort, render_slice
+from pipeline.phantom import cohort, study
+from pipeline.phantom.bleeds import VISIBLE_MM2, draw_bleed
+from pipeline.phantom.cohort import MODIFIED_S, SPREAD_S, write_cohort, write_study
+from pipeline.phantom.dicom_writer import PADDING, StoredForm, stored_values
+from pipeline.phantom.study import StudyPlan, locate_slice, plan_cohort, render_slice
 
 pytestmark = pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
 
@@ -81,7 +82,7 @@ def test_another_seed_gives_other_heads_and_other_identifiers(tiny: Path, tmp_pa
 
 def test_file_times_are_fixed(tiny: Path) -> None:
     times_s = [path.stat().st_mtime - MODIFIED_S for path in tiny.rglob("*.dcm")]
-    assert 0 <= min(times_s)
+    assert min(times_s) >= 0
     assert max(times_s) < SPREAD_S
     assert len(set(times_s)) == len(times_s)  # other pixels, another time: a changed slice is seen to have changed
 
@@ -109,8 +110,8 @@ def test_stopped_cohort_goes_on_and_shows_nothing_before_it_is_whole(
 
 
 def test_full_disk_is_refused_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cohort.shutil, "disk_usage", lambda _folder: type("Usage", (), {"free": 12_345}))
-    with pytest.raises(IchorError, match=r"needs [\d,]+ bytes and 12,345 are free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: type("Usage", (), {"free": 12_345}))
+    with pytest.raises(IchorError, match=r"writing 2 phantom studies needs about [\d.]+ MB, but 12.3 kB are free"):
         write_cohort(TINY, folder=tmp_path / "phantom", wip=tmp_path / "wip", workers=0)
 
 
@@ -193,7 +194,7 @@ def test_gantry_tilt_that_equals_the_heads_gives_level_slices(plans: list[StudyP
     plan = small(plans[0], bleeds=(), tilt_deg=18.0, pitch_deg=18.0, turn_deg=0.0, offset_mm=(0.0, 0.0))
     z_mm = locate_slice(plan, 10).z
     assert np.ptp(z_mm) < 1e-3
-    assert z_mm.mean() == pytest.approx(phantom.LOWEST_MM + 10 * plan.step_mm, abs=1e-3)
+    assert z_mm.mean() == pytest.approx(study.LOWEST_MM + 10 * plan.step_mm, abs=1e-3)
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

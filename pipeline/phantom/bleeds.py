@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.anatomy import (
+from pipeline.phantom.anatomy import (
     VAULT_CENTRE_Y_MM,
     VAULT_CENTRE_Z_MM,
     Field,
@@ -22,7 +22,7 @@ from pipeline.anatomy import (
     step,
     wave_noise,
 )
-from pipeline.tissue import paint
+from pipeline.phantom.tissue import paint
 
 VISIBLE_MM2 = 80.0
 """Least area of blood in a slice for its label: a smaller patch is one that readers miss or disagree about."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.anatomy import Field, Head, Landmarks, ellipsoid, step, wave_noise
+from pipeline.phantom.anatomy import Field, Head, Landmarks, ellipsoid, step, wave_noise
 
 AIR_HU, FAT_HU, MUSCLE_HU, TABLE_HU, DIPLOE_HU = -1000.0, -90.0, 55.0, 1250.0, 620.0
 BASE_TOP_MM = 32.0

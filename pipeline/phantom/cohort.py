@@ -23,12 +23,11 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from pipeline import anatomy, bleeds, dicom_writer, phantom, tissue
 from pipeline.config import PhantomConfig
-from pipeline.dicom_writer import StoredForm, stored_values, write_rsna_slice
-from pipeline.errors import IchorError
+from pipeline.files import remove_folder, require_free_space
 from pipeline.labels import LABELS
-from pipeline.phantom import WRAPPED_STUDY, StudyPlan, plan_cohort, render_study
+from pipeline.phantom.dicom_writer import StoredForm, stored_values, write_rsna_slice
+from pipeline.phantom.study import WRAPPED_STUDY, StudyPlan, plan_cohort, render_study
 from pipeline.progress import Progress
 
 MODIFIED_S, SPREAD_S = 1_546_300_800, 100_000_000
@@ -60,7 +59,8 @@ def write_cohort(config: PhantomConfig, *, folder: Path, wip: Path, workers: int
     plans = plan_cohort(config)
     unfinished = wip / f"phantom-{_fingerprint(config)}"
     todo = [plan for plan in plans if not _labels_path(unfinished, plan).is_file()]
-    _check_space(wip, sum(needed_bytes(plan) for plan in todo))
+    if todo:
+        require_free_space(wip, sum(map(needed_bytes, todo)) + SPARE_BYTES, f"writing {len(todo)} phantom studies")
     (unfinished / "dicom").mkdir(parents=True, exist_ok=True)
     processes = len(os.sched_getaffinity(0)) if workers == "auto" else workers
     with Progress(len(plans), what="phantom", unit="studies") as progress:
@@ -190,29 +190,18 @@ def _publish(unfinished: Path, folder: Path, labels: dict[int, Labels]) -> None:
     of_image = {image_id: values for study in labels.values() for image_id, values in study.items()}
     write_labels(of_image, unfinished / "all.csv")
     (folder / "labels.csv").unlink(missing_ok=True)
-    if (folder / "dicom").exists():
-        shutil.rmtree(folder / "dicom")
+    remove_folder(folder / "dicom")
     (unfinished / "dicom").rename(folder / "dicom")
     (unfinished / "all.csv").rename(folder / "labels.csv")
     for stale in unfinished.parent.glob("phantom-*"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if needed and free < needed + SPARE_BYTES:
-        raise IchorError(
-            f"{folder}: the phantom cohort needs {needed:,} bytes and {free:,} are free; "
-            f"make room, or lower phantom.studies or phantom.size"
-        )
-
-
 def _fingerprint(config: PhantomConfig) -> str:
     """Digest of all that decides the bytes: the parameters and the code."""
     digest = hashlib.sha256(config.model_dump_json().encode())
-    for path in (anatomy.__file__, tissue.__file__, bleeds.__file__, phantom.__file__, dicom_writer.__file__, __file__):
-        digest.update(Path(path).read_bytes())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pipeline.config import PhantomConfig
 from pipeline.labels import SUBTYPES
-from pipeline.phantom import RenderedSlice, StudyPlan, plan_cohort, render_slice
+from pipeline.phantom.study import RenderedSlice, StudyPlan, plan_cohort, render_slice
 
 matplotlib.use("Agg")  # no display is needed to write a file
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from pipeline import anatomy, tissue
-from pipeline.anatomy import Head
-from pipeline.bleeds import VISIBLE_MM2, Bleed, draw_bleed, followed_up, midline_shift, paint_bleed, visible_mm2
 from pipeline.config import PhantomConfig
-from pipeline.dicom_writer import StoredForm
 from pipeline.labels import SUBTYPES
-from pipeline.tissue import AIR_HU, BASE_TOP_MM, paint
+from pipeline.phantom import anatomy, tissue
+from pipeline.phantom.anatomy import Head
+from pipeline.phantom.bleeds import VISIBLE_MM2, Bleed, draw_bleed, followed_up, midline_shift, paint_bleed, visible_mm2
+from pipeline.phantom.dicom_writer import StoredForm
+from pipeline.phantom.tissue import AIR_HU, BASE_TOP_MM, paint
 
 PATIENTS_PER_STUDY = 0.85
 POSITIVE_PATIENTS = 0.62
