@@ -37,7 +37,7 @@ lint: setup ## Mend what ruff can mend, then check style and types
 	mypy
 
 bench: setup ## Measure: each benchmark prints a card, and JSON in its last line
-	for script in benchmarks/bench_*.py; do python $$script || exit 1; done
+	for script in benchmarks/bench_*.py; do PYTHONPATH=. python $$script || exit 1; done
 
 prune: setup ## Free the disk of unfinished work and cached outputs that nothing current uses
 	python -m stages.prune

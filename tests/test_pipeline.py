@@ -30,15 +30,23 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("pipeline", "stages", "data/phantom/dvc.yaml", "data/unlabelled.csv", "dvc.yaml", ".dvc/config", ".dvc/plots"):
+        for name in (
+            "pipeline",
+            "stages",
+            "data/phantom/dvc.yaml",
+            "data/unlabelled.csv",
+            "dvc.yaml",
+            ".dvc/config",
+            ".dvc/plots",
+        ):
             source, target = ROOT / name, folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, target)
-        with (folder / ".dvc" / "config").open("a") as file:
-            file.write("[core]\n    no_scm = true\n")
+        config = folder / ".dvc" / "config"
+        config.write_text(config.read_text().replace("[core]\n", "[core]\n    no_scm = true\n", 1))
         self.set(**TINY)
 
     def set(self, **changes: Any) -> None:
@@ -92,7 +100,9 @@ def test_everything_is_there_after_one_command(project: Project) -> None:
     metrics = project.metrics()
     assert metrics["held_out"]["folds"] == [0]
     assert 0 <= metrics["slice"]["any"]["auc"] <= 1
-    assert json.loads((data / "index" / "summary.json").read_text())["files"] == len(list((data / "phantom" / "dicom").iterdir()))
+    assert json.loads((data / "index" / "summary.json").read_text())["files"] == len(
+        list((data / "phantom" / "dicom").iterdir())
+    )
 
 
 def test_second_repro_runs_nothing_but_the_index_check(project: Project) -> None:

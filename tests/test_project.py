@@ -87,7 +87,9 @@ def test_each_heavy_library_has_one_owner(library: str) -> None:
 
 
 def test_torch_is_known_to_the_training_half_alone() -> None:
-    users = {module for module, path in modules().items() if any(name.split(".")[0] == "torch" for name in imports(path))}
+    users = {
+        module for module, path in modules().items() if any(name.split(".")[0] == "torch" for name in imports(path))
+    }
     assert users == TORCH
 
 
@@ -123,9 +125,13 @@ def test_training_the_default_model_loads_nothing_from_over_the_wall() -> None:
     assert done.stdout.split() == []
 
 
-@pytest.mark.parametrize("door", sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py") if path.stem != "common"))
+@pytest.mark.parametrize(
+    "door", sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py") if path.stem != "common")
+)
 def test_every_door_has_help(door: str) -> None:
-    done = subprocess.run([sys.executable, "-m", f"stages.{door}", "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", f"stages.{door}", "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0
     assert f"usage: python -m stages.{door}" in done.stdout
     assert "--params FILE" in done.stdout
@@ -176,7 +182,13 @@ def test_everything_is_pinned_once_and_installed_so() -> None:
 
 
 def test_every_import_is_a_direct_requirement() -> None:
-    names = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "google_crc32c": "google-crc32c"}
+    names = {
+        "cv2": "opencv-python-headless",
+        "PIL": "pillow",
+        "yaml": "pyyaml",
+        "sklearn": "scikit-learn",
+        "google_crc32c": "google-crc32c",
+    }
     direct = pinned("requirements.txt")
     ours = {"pipeline", "stages", "tests"}
     files = [path for folder in ("pipeline", "stages", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]

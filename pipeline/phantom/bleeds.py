@@ -118,7 +118,7 @@ def _draw_intraventricular(head: Head, side: int, rng: np.random.Generator) -> B
 def _draw_intraparenchymal(head: Head, side: int, rng: np.random.Generator) -> Bleed:
     kind = str(rng.choice(tuple(SITES_MM), p=(0.28, 0.12, 0.14, 0.14, 0.12, 0.10, 0.10)))
     x, y, z = (float(value + offset) for value, offset in zip(SITES_MM[kind], rng.normal(0, 3.0, 3), strict=True))
-    radius = rng.uniform(7.5, 10.5) if kind in ("thalamus", "cerebellum") else rng.uniform(7.5, 15.5)
+    radius = rng.uniform(8.5, 12.0) if kind in ("thalamus", "cerebellum") else rng.uniform(9.0, 18.0)
     size = (radius * rng.uniform(0.75, 1.0), radius * rng.uniform(0.9, 1.3), radius * rng.uniform(0.8, 1.1))
     hu, shift_mm = rng.uniform(60, 77), max(0.0, radius - 10) * 0.5
     return Bleed("intraparenchymal", kind, side, (side * x, y, z), size, hu, shift_mm=shift_mm)

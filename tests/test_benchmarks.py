@@ -1,0 +1,39 @@
+"""The benchmarks run, at toy size, and end in a line of JSON; no time is asserted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, Cohort
+from tests.test_store import make_store
+
+
+def last_line(*arguments: str) -> dict[str, object]:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(figures, dict)
+    return figures
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py")))
+def test_benchmark_ends_in_figures(cohort: Cohort, name: str) -> None:
+    arguments = {
+        "bench_preprocess.py": ["--size", "64", "--image-size", "32", "--rounds", "1"],
+        "bench_reader.py": ["--data", str(cohort.data), "--slices", "4", "--rounds", "1"],
+    }[name]
+    cohort.add_study(1, 4)
+    make_store(cohort)
+    figures = last_line(f"benchmarks/{name}", *arguments)
+    assert all(value for value in figures.values())
