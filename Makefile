@@ -18,7 +18,7 @@ $(VENV)/.pins: requirements.txt constraints.txt
 	@echo "Building $(VENV) from requirements.txt (a minute or two)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 run: setup ## Run the pipeline end to end (the phantom cohort, unless params.yaml says otherwise), to scores and a report

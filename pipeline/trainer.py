@@ -22,31 +22,21 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pipeline import augment, folds, loader, loss, model
+from pipeline import augment, folds, loader, loss, model, parts
 from pipeline.checkpoint import load_newest, save_checkpoint
 from pipeline.config import Config, TrainConfig
-from pipeline.errors import ConfigError, IchorError
-from pipeline.folds import assign_folds
+from pipeline.device import choose_device, choose_precision
+from pipeline.errors import IchorError
 from pipeline.labels import LABELS
 from pipeline.loader import Batch, Loader, SliceDataset, epoch_order, name_batches
 from pipeline.loss import hemorrhage_loss
 from pipeline.model import build_model
+from pipeline.parts import HELD_OUT, TRAINING, VALIDATION, FoldSlices, split_slices
 from pipeline.progress import Progress
 from pipeline.store import Store
 
-HELD_OUT, VALIDATION, TRAINING = "held out", "validation", "training"
 CHECK_EVERY = 20
 """Batches between two looks at the loss: reading it makes a GPU wait."""
-
-
-@dataclass(frozen=True)
-class FoldSlices:
-    """The slices of one fold by their part in it: int64 [n, 2], study and slice number."""
-
-    training: npt.NDArray[np.int64]
-    validation: npt.NDArray[np.int64]
-    held_out: npt.NDArray[np.int64]
-    patients: dict[str, int]
 
 
 @dataclass
@@ -97,7 +87,7 @@ def train_fold(config: Config, store: Store, fold: int, *, wip: Path) -> FoldRes
 def describe_run(config: Config, store: Store, fold: int) -> dict[str, Any]:
     """All that decides a fold's weights; plain values, so that a checkpoint can hold and compare it."""
     digest = hashlib.sha256()
-    for module in (augment, folds, loader, loss, model):
+    for module in (augment, folds, loader, loss, model, parts):
         digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
     return {
@@ -108,66 +98,6 @@ def describe_run(config: Config, store: Store, fold: int) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "code": digest.hexdigest()[:16],
     }
-
-
-def split_slices(config: Config, store: Store, fold: int) -> FoldSlices:
-    """Deal the store's slices to training, validation and the held-out fold, by patient.
-
-    Raises:
-        IchorError: no slice has a label, or there are too few patients.
-    """
-    labels_SL = (store.labels == 1).any(axis=1).astype(np.int8)
-    if not (store.labels >= 0).any():
-        raise IchorError(f"{store.path}: no slice has a label; set source.labels to a label CSV and run again")
-    fold_S = assign_folds(store.patient_key, labels_SL, count=config.folds.count, seed=config.folds.seed)
-    part_S = np.where(fold_S == fold, HELD_OUT, TRAINING).astype(object)
-    rest = np.flatnonzero(fold_S != fold)
-    inner = assign_folds(
-        store.patient_key[rest],
-        labels_SL[rest],
-        count=max(2, round(1 / config.train.validation_fraction)),
-        seed=config.folds.seed,
-    )
-    part_S[rest[inner == 0]] = VALIDATION
-    slices = store.slices
-    known = (store.labels[slices[:, 0], slices[:, 1]] >= 0).any(axis=1)
-    part = part_S[slices[:, 0]]
-    return FoldSlices(
-        training=slices[(part == TRAINING) & known],
-        validation=slices[(part == VALIDATION) & known],
-        held_out=slices[part == HELD_OUT],
-        patients={
-            name: len(np.unique(store.patient_key[part_S == name].astype(str)))
-            for name in (TRAINING, VALIDATION, HELD_OUT)
-        },
-    )
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU.
-
-    Raises:
-        ConfigError: the device is unknown or not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(
-            f"train.device = {name!r}: cannot be used here ({first_line}); set it to auto or cpu"
-        ) from None
-    return device
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """The type for autocast, or None for full precision: `auto` is bf16 on a GPU that has it."""
-    if name == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        name = "bf16" if has_bf16 else "fp32"
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def learning_rate_at(step: int, *, steps: int, warmup_steps: int, peak: float) -> float:

@@ -14,10 +14,10 @@ import yaml
 from tests.conftest import ROOT
 
 LAYERS = [
-    ["errors", "labels", "progress", "files", "config"],
+    ["errors", "labels", "progress", "files", "config", "device"],
     ["hounsfield", "augment", "folds", "loss", "model", "metrics", "baseline", "charts"],
     ["shard", "reader", "store", "dicom", "manifest", "checkpoint"],
-    ["cluster", "loader", "survey", "sheet", "gallery", "phantom"],
+    ["cluster", "loader", "parts", "survey", "sheet", "gallery", "phantom"],
     ["index", "preprocess"],
     ["trainer", "report", "evaluate"],
 ]
@@ -34,7 +34,7 @@ OWNERS = {
     "sklearn": {"metrics"},
     "jinja2": {"report"},
 }
-TORCH = {"model", "loss", "loader", "checkpoint", "trainer"}
+TORCH = {"device", "model", "loss", "loader", "checkpoint", "trainer"}
 
 
 def modules() -> dict[str, Path]:

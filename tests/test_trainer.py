@@ -18,10 +18,12 @@ import torch
 import pipeline.trainer
 from pipeline.checkpoint import load_newest, save_checkpoint
 from pipeline.config import Config
+from pipeline.device import choose_device
 from pipeline.errors import CheckpointError, ConfigError, IchorError
 from pipeline.labels import LABELS
+from pipeline.parts import split_slices
 from pipeline.store import Store
-from pipeline.trainer import Trainer, choose_device, learning_rate_at, split_slices, train_fold
+from pipeline.trainer import Trainer, learning_rate_at, train_fold
 from tests.conftest import ROOT, Cohort
 from tests.test_store import make_store
 
