@@ -227,11 +227,11 @@ def test_preprocess_without_index_says_what_to_do(cohort: Cohort, run_stage: Cal
 def test_killed_run_goes_on_and_ends_in_the_same_bytes(
     cohort: Cohort, tmp_path: Path, run_stage: Callable[..., Any], sign: signal.Signals
 ) -> None:
-    cohort.size = 128
     for number in range(40):
-        cohort.add_study(number, 12)
-    reference, _, _ = run(cohort, data=tmp_path / "reference", preprocess__image_size=128)
-    cohort.write_params(preprocess__image_size=128)
+        cohort.add_study(number, 8)
+    changes = {"preprocess__image_size": 512}  # slow enough to be caught half-way
+    reference, _, _ = run(cohort, data=tmp_path / "reference", **changes)
+    cohort.write_params(**changes)
     assert run_stage("index").code == 0
     shards = cohort.data / "wip" / "shards"
     command = [
