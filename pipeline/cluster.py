@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -47,37 +49,64 @@ def run_tasks(
     if scheduler is None and count_workers(workers) == 0:
         yield from map(function, tasks)
         return
-    # Imported late: a run in this process needs none of it, and it takes a second.
-    from distributed import Client, LocalCluster, as_completed
-
-    logging.getLogger("distributed").setLevel(logging.ERROR)  # what ends well is not news; what fails is raised here
-    if scheduler is None:
-        cluster = LocalCluster(
-            n_workers=count_workers(workers),
-            threads_per_worker=1,
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.ERROR,
-        )
-    else:
-        cluster = None
-    try:
-        client = Client(cluster if cluster is not None else scheduler, timeout="15s")
-    except (OSError, ValueError) as error:
-        raise IchorError(
-            f"preprocess.scheduler = {scheduler!r}: no Dask scheduler answers there ({error}); start one, or set it to null"
-        ) from None
-    try:
+    with _connect(workers=workers, scheduler=scheduler) as client:
         print(f"  Dask dashboard: {client.dashboard_link}", flush=True)
-        yield from _submit_in_a_window(client, as_completed, function, iter(tasks))
+        yield from _submit_in_a_window(client, function, iter(tasks))
+
+
+@contextmanager
+def _connect(*, workers: int | str, scheduler: str | None) -> Iterator[Any]:
+    """A client of the scheduler at an address, or of a cluster of processes that lives as long as the block."""
+    # Imported late: a run in this process needs none of it, and it takes a second.
+    from distributed import Client, LocalCluster
+
+    logger = logging.getLogger("distributed")
+    logger.setLevel(logging.ERROR)  # what ends well is not news; what fails is raised here
+    with ExitStack() as closing:
+        if scheduler is None:
+            with _interrupts_ignored():
+                cluster = LocalCluster(
+                    n_workers=count_workers(workers),
+                    threads_per_worker=1,
+                    dashboard_address="127.0.0.1:0",
+                    silence_logs=logging.ERROR,
+                )
+            closing.callback(_close, cluster)
+        try:
+            client = Client(scheduler or cluster, timeout="15s")
+        except (OSError, ValueError) as error:
+            raise IchorError(
+                f"preprocess.scheduler = {scheduler!r}: no Dask scheduler answers there ({error}); start one, or set it to null"
+            ) from None
+        closing.callback(_close, client)
+        try:
+            yield client
+        except BaseException:
+            logger.setLevel(logging.CRITICAL)  # the tasks that are cut off would each have their say
+            raise
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started in this block ignore Ctrl-C, which a terminal sends to all: only the driver answers it.
+
+    An ignored signal is the one thing that a new program inherits. So the driver is deaf too while they start, a second or two.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
     finally:
-        client.close(timeout=5)
-        if cluster is not None:
-            cluster.close(timeout=5)
+        signal.signal(signal.SIGINT, before)
 
 
-def _submit_in_a_window(
-    client: Any, as_completed: Any, function: Callable[[Task], Result], tasks: Iterator[Task]
-) -> Iterator[Result]:
+def _close(closable: Any) -> None:
+    with suppress(Exception):  # the work is done, or given up with a message of its own: closing has nothing to add
+        closable.close(timeout=5)
+
+
+def _submit_in_a_window(client: Any, function: Callable[[Task], Result], tasks: Iterator[Task]) -> Iterator[Result]:
+    from distributed import as_completed
+
     ahead = AHEAD * max(1, len(client.scheduler_info()["workers"]))
     running = as_completed([client.submit(function, task, pure=False) for task in islice(tasks, ahead)])
     for future in running:

@@ -262,3 +262,29 @@ def test_killed_run_goes_on_and_ends_in_the_same_bytes(
         name: content for name, content in expected.items() if name != "zarr.json"
     }
     assert {path.name: path.stat().st_mtime_ns for path in shards.glob("*.shard") if path.name in finished} == finished
+
+
+def test_ctrl_c_at_a_terminal_reaches_all_processes_and_ends_cleanly(
+    cohort: Cohort, run_stage: Callable[..., Any]
+) -> None:
+    for number in range(40):
+        cohort.add_study(number, 8)
+    cohort.write_params(preprocess__image_size=512, preprocess__workers=2)
+    assert run_stage("index").code == 0
+    command = [sys.executable, "-m", "stages.preprocess", "--params", str(cohort.folder / "params.yaml")]
+    process = subprocess.Popen(
+        [*command, "--data", str(cohort.data)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while process.poll() is None and not list((cohort.data / "wip" / "shards").glob("*.json")):
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "finished work is kept" in out
+    assert "Traceback" not in out
+    assert run_stage("preprocess").code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.labels import LABELS, SUBTYPES
 from tests.conftest import ROOT
 
 LAYERS = [
@@ -227,3 +229,26 @@ def test_readme_names_every_module() -> None:
     for module in modules():
         if not module.startswith("phantom."):
             assert re.search(rf"\b{module}\.py\b", readme), f"README's tree lacks {module}.py"
+
+
+def test_readme_results_are_those_of_the_committed_run() -> None:
+    metrics = json.loads((ROOT / "data" / "report" / "metrics.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for label in LABELS:
+        slices, studies = metrics["slice"][label], metrics["study"][label]
+        figures = [slices["auc"], slices["average_precision"], studies["auc"]]
+        row = f"| {label} | {slices['positives']} ({slices['positive_patients']}) | " + " | ".join(
+            f"{x:.3f}" for x in figures
+        )
+        assert row in readme, row
+    assert f"Weighted log loss {metrics['slice']['weighted_log_loss']:.3f}" in readme
+    assert f"the skull reaches {metrics['counting']['any_auc']:.3f}" in readme
+
+
+def test_committed_run_meets_the_bounds_of_the_phantom_cohort() -> None:
+    metrics = json.loads((ROOT / "data" / "report" / "metrics.json").read_text())
+    assert metrics["slice"]["any"]["auc"] >= 0.90
+    assert metrics["counting"]["any_auc_above_counting"] >= 0.10
+    for subtype in SUBTYPES:
+        assert metrics["slice"][subtype]["auc"] > 0.75, subtype
+        assert metrics["slice"][subtype]["positive_patients"] >= 4, subtype
