@@ -23,6 +23,9 @@ AHEAD = 4
 """Tasks submitted ahead for each worker: enough that none waits, few enough that the queue stays small."""
 
 
+WORKER_TIMEOUT_S = 30
+
+
 def count_workers(workers: int | str) -> int:
     """`auto` is one process for each core that this process may use."""
     return len(os.sched_getaffinity(0)) if workers == "auto" else int(workers)
@@ -80,6 +83,12 @@ def _connect(*, workers: int | str, scheduler: str | None) -> Iterator[Any]:
             ) from None
         closing.callback(_close, client)
         try:
+            client.wait_for_workers(1, timeout=WORKER_TIMEOUT_S)
+        except TimeoutError:
+            raise IchorError(
+                f"preprocess.scheduler = {scheduler!r}: the scheduler has no worker after {WORKER_TIMEOUT_S} s; start workers there"
+            ) from None
+        try:
             yield client
         except BaseException:
             logger.setLevel(logging.CRITICAL)  # the tasks that are cut off would each have their say
@@ -107,11 +116,16 @@ def _close(closable: Any) -> None:
 def _submit_in_a_window(client: Any, function: Callable[[Task], Result], tasks: Iterator[Task]) -> Iterator[Result]:
     from distributed import as_completed
 
-    ahead = AHEAD * max(1, len(client.scheduler_info()["workers"]))
-    running = as_completed([client.submit(function, task, pure=False) for task in islice(tasks, ahead)])
+    def missing() -> int:
+        """How many more tasks keep every worker busy; workers may join or leave at any time."""
+        return max(1, AHEAD * len(client.scheduler_info(n_workers=-1)["workers"]) - running.count())
+
+    running = as_completed([])
+    for task in islice(tasks, missing()):
+        running.add(client.submit(function, task, pure=False))
     for future in running:
         result = future.result()
         future.release()
-        for task in islice(tasks, 1):
+        for task in islice(tasks, missing()):
             running.add(client.submit(function, task, pure=False))
         yield result

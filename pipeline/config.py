@@ -28,6 +28,7 @@ MODELS = (
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+PathText = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NaturalFloat = Annotated[float, Field(ge=0.0)]
@@ -37,17 +38,21 @@ UNION_MEMBERS = ("str", "int", "constrained-int", "none", "literal['auto']")
 """What pydantic adds to a key whose value may have one of several types."""
 
 
+LONGEST_SALT = 64
+"""Bytes of a BLAKE2b key."""
+
+
 class Section(BaseModel):
     """A section of `params.yaml`: frozen, and closed to keys that it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Source(Section):
     """Where the studies and their labels lie."""
 
-    dicom: str | list[str]
-    labels: str | None
+    dicom: PathText | Annotated[list[PathText], Field(min_length=1)]
+    labels: PathText | None
 
     @property
     def dicom_paths(self) -> list[Path]:
@@ -73,14 +78,22 @@ class PhantomConfig(Section):
 class IndexConfig(Section):
     """How headers are read."""
 
-    patient_salt: Annotated[str, Field(min_length=1, max_length=64)]
+    patient_salt: Annotated[str, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _short_enough_for_a_key(self) -> IndexConfig:
+        if len(self.patient_salt.encode()) > LONGEST_SALT:
+            raise ValueError(
+                f"patient_salt has {len(self.patient_salt.encode())} bytes, at most {LONGEST_SALT} are allowed"
+            )
+        return self
 
 
 class Window(Section):
     """A window in HU: its centre and its whole width (PS3.3 C.11.2.1.2, LINEAR_EXACT)."""
 
     centre: float
-    width: PositiveFloat
+    width: Annotated[float, Field(ge=1.0)]
 
     @property
     def low_hu(self) -> float:
@@ -189,6 +202,19 @@ class Config(Section):
         return self
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which of two equal keys would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands there twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: Path | str = "params.yaml") -> Config:
     """Read and check a parameter file.
 
@@ -197,7 +223,7 @@ def load_config(path: Path | str = "params.yaml") -> Config:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such parameter file; run from the project's folder or give --params FILE"

@@ -275,7 +275,8 @@ def read_stored(
         int16 or uint16 [row, column].
 
     Raises:
-        PixelFault: the file is gone, is not the one that `index` saw, or cannot be decoded.
+        PixelFault: `changed` where the file is gone, cannot be read, or is not the one that `index` saw; `truncated_pixels`;
+            `undecodable`.
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -285,8 +286,10 @@ def read_stored(
             if transfer_syntax not in NATIVE or pixel_offset < 0:
                 return _decode(path, rows=rows, columns=columns)
             content = os.pread(file.fileno(), rows * columns * 2, pixel_offset)
-    except OSError:
-        raise PixelFault("unreadable") from None
+    except (
+        OSError
+    ):  # gone, or a disk that does not answer: perhaps for a moment, so it must not be remembered as a defect
+        raise PixelFault("changed") from None
     if len(content) != rows * columns * 2:
         raise PixelFault("truncated_pixels")
     stored = np.frombuffer(content, "<i2" if signed else "<u2").reshape(rows, columns)
@@ -303,6 +306,8 @@ def _decode(path: Path, *, rows: int, columns: int) -> npt.NDArray[np.integer]:
     """The general way, through pydicom's decoders, for whatever is compressed or big endian."""
     try:
         stored = pydicom.dcmread(path, force=True).pixel_array
+    except MemoryError:
+        raise
     except Exception:  # decoders raise what they like
         raise PixelFault("undecodable") from None
     if stored.shape != (rows, columns):

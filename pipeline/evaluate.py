@@ -105,7 +105,7 @@ def read_fold(folder: Path, fold: int, *, config: Config, store_digest: str) -> 
             f"{error.filename or folder}: fold {fold} is not trained, and train.folds = {config.train.folds} names it; "
             f"run `python -m stages.train --fold {fold}` (or `dvc repro`), or take {fold} out of train.folds"
         ) from None
-    except ValueError as error:  # JSON, CSV and Parquet all raise kinds of it
+    except (ValueError, OSError) as error:  # JSON, CSV and Parquet raise kinds of these
         raise CheckpointError(f"{folder}: fold {fold}'s results cannot be read ({error}); train it again") from None
     _check_summary(folder, result, config=config, store_digest=store_digest)
     _check_predictions(folder, result)

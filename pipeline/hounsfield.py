@@ -17,7 +17,7 @@ AIR_HU = -1024.0
 """The bottom of the CT scale. Padding (raw −2000, −3024 HU after rescale, in 40 % of RSNA slices) is raised to it, so that
 area averaging does not darken the rim of the field of view."""
 
-WRAP_INTERCEPT_ABOVE = -100
+WRAP_INTERCEPTS = (-100, 100)
 WRAP_OFFSET = 1000
 WRAP_MODULUS = 4096
 
@@ -30,7 +30,7 @@ def is_wrapped(bits_stored: int, signed: bool, intercept: float) -> bool:
 
     123 slices of RSNA 2019 have it. Signed slices with intercept 0 are right as they are.
     """
-    return bits_stored == 12 and not signed and intercept > WRAP_INTERCEPT_ABOVE
+    return bits_stored == 12 and not signed and WRAP_INTERCEPTS[0] < intercept < WRAP_INTERCEPTS[1]
 
 
 def stored_to_hu(stored: npt.NDArray[np.integer], *, slope: float, intercept: float, wrapped: bool = False) -> PixelsHU:

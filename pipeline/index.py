@@ -6,6 +6,7 @@ Only headers are read, and a file that has not changed since the last time is no
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -29,6 +30,12 @@ HEADER_VERSION = "1"
 HEADERS_PER_TASK = 512
 AXIAL_COSINE = np.cos(np.deg2rad(45.0))
 """A plane is axial if its normal is nearer to the body's axis than to any other: gantries tilt up to 30°."""
+
+PLAUSIBLE_SPACING_MM = (0.01, 20.0)
+FARTHEST_MM = 100_000.0
+STEEPEST_SLOPE, FARTHEST_INTERCEPT_HU = 100.0, 32_768.0
+FEWEST_PIXELS = 16
+"""Beyond these a header is wrong whatever made it, and would only make rubbish, or fail, further on."""
 
 FILE_COLUMNS = ["source", "path", "size", "mtime_ns"]
 HEADER_COLUMNS = [field.name for field in fields(Header)]
@@ -60,6 +67,17 @@ def build_manifest(
         raise SourceError(f"source.dicom: {len(manifest)} files found, none of them a usable axial CT slice ({listed})")
     manifest, found = join_labels(manifest, labels)
     return manifest, headers, found
+
+
+def read_known_headers(path: Path) -> pd.DataFrame | None:
+    """The header table of an earlier run, or None; it only saves time, so a damaged one is as good as none."""
+    if not path.is_file():
+        return None
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        print(f"{path}: cannot be read ({error}); reading every header anew", file=sys.stderr)
+        return None
 
 
 def find_files(sources: list[Path]) -> pd.DataFrame:
@@ -97,7 +115,8 @@ def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
                 if entry.is_dir():
                     waiting.append(path)
                 elif entry.is_file():
-                    yield path, entry.stat()
+                    # A name that is no UTF-8 is shown escaped; nothing is found under it, so it is excluded as unreadable.
+                    yield os.fsencode(path).decode("utf-8", "backslashreplace"), entry.stat()
 
 
 def locate(sources: list[Path], source: int, path: str) -> Path:
@@ -157,6 +176,7 @@ def classify(headers: pd.DataFrame) -> pd.DataFrame:
     """
     manifest = headers.drop(columns="version").copy()
     reason = _header_faults(manifest)
+    reason[(reason == "") & manifest.duplicated(["study_uid", "series_uid", "image_id"])] = "duplicate"
     axial = reason == ""
     chosen = _choose_series(manifest[axial])
     reason[axial & (manifest["series_uid"] != manifest["study_uid"].map(chosen))] = "other_series"
@@ -207,12 +227,22 @@ def _header_faults(files: pd.DataFrame) -> pd.Series:
         "not_16_bit": (files["bits_allocated"] != 16)
         | ~files["bits_stored"].between(1, 16)
         | ~files["signed"].isin([0, 1]),
+        "high_bit": (files["high_bit"] >= 0) & (files["high_bit"] != files["bits_stored"] - 1),
         "no_identifiers": (files["study_uid"] == "") | (files["series_uid"] == "") | (files["image_id"] == ""),
         "no_geometry": ~np.isfinite(files[geometry]).all(axis=1)
         | ~(spacing > 0).all(axis=1)
         | ~np.isfinite(spacing).all(axis=1),
         "not_axial": ~axial,
         "no_rescale": ~np.isfinite(files["slope"]) | ~np.isfinite(files["intercept"]) | (files["slope"] == 0),
+        "implausible": (
+            ~files[["row_spacing_mm", "column_spacing_mm"]]
+            .apply(lambda mm: mm.between(*PLAUSIBLE_SPACING_MM))
+            .all(axis=1)
+            | ~(files[geometry[:3]].abs() < FARTHEST_MM).all(axis=1)
+            | ~files["slope"].between(0, STEEPEST_SLOPE, inclusive="right")
+            | (files["intercept"].abs() > FARTHEST_INTERCEPT_HU)
+            | (files[["rows", "columns"]] < FEWEST_PIXELS).any(axis=1)
+        ),
         "truncated_pixels": native
         & ((files["pixel_offset"] + expected > files["size"]) | files["pixel_length"].between(0, expected - 1)),
     }

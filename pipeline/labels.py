@@ -63,8 +63,9 @@ def _read_columns(path: Path) -> tuple[pa.Array, np.ndarray]:
     options = pyarrow.csv.ConvertOptions(
         column_types={"ID": pa.string(), "Label": pa.string()}, strings_can_be_null=False
     )
+    reading = pyarrow.csv.ReadOptions(column_names=HEADER, skip_rows=1)
     try:
-        table = pyarrow.csv.read_csv(path, convert_options=options)
+        table = pyarrow.csv.read_csv(path, read_options=reading, convert_options=options)
     except pa.ArrowInvalid as error:
         raise LabelError(f"{path}: not a CSV with two columns: {error}") from None
     text = pc.utf8_trim_whitespace(table["Label"].combine_chunks())

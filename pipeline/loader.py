@@ -138,7 +138,13 @@ class Loader:
                 multiprocessing_context="forkserver",
                 persistent_workers=True,
                 pin_memory=pin,
+                # Its own: else torch draws a seed from the generator that dropout uses, once a pass, and a resumed run differs.
+                generator=torch.Generator().manual_seed(0),
             )
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._processes = None
 
     def batches(self, names: list[BatchName]) -> Iterator[Batch]:
         """Yield the named batches in order."""

@@ -30,10 +30,12 @@ REASONS: dict[str, tuple[str, str]] = {
     "colour": (EXCLUDED, "a colour or palette capture, not MONOCHROME2"),
     "multi_frame": (EXCLUDED, "several frames in one file"),
     "not_16_bit": (EXCLUDED, "its pixels are not 16 bits wide"),
+    "high_bit": (EXCLUDED, "its stored bits are not the lowest ones of a value"),
     "no_identifiers": (EXCLUDED, "its study, series or image identifier is missing"),
     "no_geometry": (EXCLUDED, "its position, orientation or pixel spacing is missing"),
     "not_axial": (EXCLUDED, "its plane is not axial"),
     "no_rescale": (EXCLUDED, "its rescale slope or intercept is missing"),
+    "implausible": (EXCLUDED, "its size, spacing, position or rescale is that of no CT"),
     "truncated_pixels": (EXCLUDED, "its pixel data are cut short"),
     # Found by comparing files.
     "other_series": (EXCLUDED, "another series of the study was chosen"),
@@ -54,7 +56,10 @@ def read_manifest(path: Path) -> pd.DataFrame:
     """
     if not path.is_file():
         raise SourceError(f"{path}: no manifest; run `python -m stages.index` (or `dvc repro`) first")
-    return pd.read_parquet(path)
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: cannot be read ({error}); run `python -m stages.index` again") from None
 
 
 def write_manifest(path: Path, manifest: pd.DataFrame) -> None:

@@ -37,16 +37,26 @@ def split_slices(config: Config, store: Store, fold: int) -> FoldSlices:
     fold_S = assign_folds(store.patient_key, labels_SL, count=config.folds.count, seed=config.folds.seed)
     part_S = np.where(fold_S == fold, HELD_OUT, TRAINING).astype(object)
     rest = np.flatnonzero(fold_S != fold)
+    patients = len(np.unique(store.patient_key[rest].astype(str)))
+    if patients < 2:
+        raise IchorError(
+            f"train: fold {fold} leaves {patients} patient(s) to learn from and to stop by, and needs 2; add studies with labels"
+        )
     inner = assign_folds(
         store.patient_key[rest],
         labels_SL[rest],
-        count=max(2, round(1 / config.train.validation_fraction)),
+        count=min(patients, max(2, round(1 / config.train.validation_fraction))),
         seed=config.folds.seed,
     )
     part_S[rest[inner == 0]] = VALIDATION
     slices = store.slices
     known = (store.labels[slices[:, 0], slices[:, 1]] >= 0).any(axis=1)
     part = part_S[slices[:, 0]]
+    for name in (TRAINING, VALIDATION):
+        if not ((part == name) & known).any():
+            raise IchorError(
+                f"train: no slice of fold {fold}'s {name} patients has a label; add labels, or change folds.seed"
+            )
     return FoldSlices(
         training=slices[(part == TRAINING) & known],
         validation=slices[(part == VALIDATION) & known],

@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ SLICES_PER_TASK = 256
 
 STORED_FRACTION = 0.35
 """Share of the raw bytes that a shard may need, for the check of free disk; heads measured 0.17 to 0.25."""
+
+PACKAGES = ("numpy", "numcodecs", "opencv-python-headless", "pydicom")
+DECODERS = (
+    "python-gdcm",
+    "pylibjpeg",
+    "pylibjpeg-libjpeg",
+    "pylibjpeg-openjpeg",
+    "pylibjpeg-rle",
+    "pyjpegls",
+    "pillow",
+)
+"""Packages that decide a shard's bytes: another decoder may read what this one could not, or read it otherwise."""
 
 SLICE_COLUMNS = [
     "source", "path", "size", "mtime_ns", "image_id", "transfer_syntax", "rows", "columns", "bits_stored", "signed",
@@ -143,8 +156,10 @@ def _code_digest() -> str:
     digest = hashlib.sha256()
     for module in (dicom, hounsfield, shard):
         digest.update(Path(str(module.__file__)).read_bytes())
-    for package in ("numpy", "numcodecs", "opencv-python-headless"):
-        digest.update(f"{package}={version(package)}".encode())
+    digest.update(Path(__file__).read_bytes())
+    for package in (*PACKAGES, *DECODERS):
+        with suppress(PackageNotFoundError):
+            digest.update(f"{package}={version(package)}".encode())
     return digest.hexdigest()
 
 
@@ -159,9 +174,10 @@ def shard_path(folder: Path, fingerprint: str, part: int) -> Path:
 
 def _is_finished(task: StudyTask) -> bool:
     """The result is written last, so that its presence vouches for the shards; one with a changed file is tried again."""
-    if not _result_path(task).is_file():
+    try:
+        result = _read_result(task)
+    except (OSError, ValueError, TypeError):  # not there, or damaged
         return False
-    result = _read_result(task)
     parts = -(-sum(result.kept) // SLOTS)
     return "changed" not in result.faults.values() and all(
         shard_path(task.shards, task.fingerprint, part).is_file() for part in range(parts)
@@ -282,7 +298,7 @@ def _refuse_changed(slices: pd.DataFrame, results: Sequence[StudyResult]) -> Non
     if changed:
         first = slices[slices["image_id"].isin(changed)].iloc[0]
         raise SourceError(
-            f"{len(changed)} file(s) changed or vanished after index read them, {first['path']!r} first; "
+            f"{len(changed)} file(s) changed, vanished or could not be read after index, {first['path']!r} first; "
             f"run `python -m stages.index` (or `dvc repro`) again; what is finished is kept"
         )
 

@@ -76,15 +76,14 @@ def slice_axis(longest: int) -> int:
 
 
 def digest_content(content: StoreContent) -> str:
-    """SHA-256 over what training can see: format, pixels (by fingerprint), identities, positions and labels."""
+    """SHA-256 over all of a store: format, pixels (by fingerprint), identities, geometry, positions and labels."""
     digest = hashlib.sha256(f"ichor-store-{FORMAT_VERSION}".encode())
-    for strings in (
+    for values in (
         content.study,
-        content.per_study["patient_key"],
-        content.per_study["fingerprint"],
-        content.image_id.ravel(),
+        *(content.per_study[name].astype(_dtype(name)) for name in STUDY_ARRAYS),
+        content.image_id,
     ):
-        digest.update("\0".join(strings.tolist()).encode())
+        digest.update("\0".join(values.ravel().tolist()).encode() if values.dtype == object else values.tobytes())
     digest.update(np.ascontiguousarray(content.position_mm, "<f4").tobytes())
     digest.update(np.ascontiguousarray(content.labels).tobytes())
     return digest.hexdigest()
@@ -206,21 +205,26 @@ class Store:
         path: the store's folder.
 
     Raises:
-        StoreError: there is no store, or it is of another format version.
+        StoreError: there is no store, it is of another format version, or it was altered.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.attributes = _read_attributes(self.path)
-        group = zarr.open_group(self.path, mode="r")
-        self.study: npt.NDArray[Any] = _read(group, "study")
-        self.windows = {name: Window(**self.attributes["windows"][name]) for name in _read(group, "window")}
-        self.per_study = {name: _read(group, name) for name in STUDY_ARRAYS}
+        try:
+            content, windows = _read_content(self.path)
+            self.windows = {name: Window(**self.attributes["windows"][name]) for name in windows}
+            sound = digest_content(content) == self.attributes["digest"]
+        except Exception as error:  # what is damaged makes zarr and its codecs raise anything
+            raise StoreError(f"{self.path}: its arrays cannot be read ({error}); preprocess again") from None
+        if not sound:
+            raise StoreError(
+                f"{self.path}: its labels, identifiers or geometry were altered or are missing; preprocess again"
+            )
+        self.study, self.per_study = content.study, content.per_study
+        self.image_id, self.position_mm, self.labels = content.image_id, content.position_mm, content.labels
         self.num_slices: npt.NDArray[np.int64] = self.per_study["num_slices"].astype(np.int64)
         self.patient_key = self.per_study["patient_key"]
-        self.image_id = _read(group, "image_id")
-        self.position_mm: npt.NDArray[np.float32] = _read(group, "position_mm")
-        self.labels: npt.NDArray[np.int8] = _read(group, "labels")
         self.image_size = int(self.attributes["image_size"])
         self.digest = str(self.attributes["digest"])
         self.reader = SliceReader(
@@ -246,11 +250,19 @@ class Store:
         matches = np.flatnonzero(self.study == name)
         if len(matches):
             return int(matches[0])
-        if name.isdigit() and int(name) < len(self.study):
+        if name.isdecimal() and int(name) < len(self.study):
             return int(name)
         raise StoreError(
             f"{self.path}: no study {name!r}; give a study uid or a number from 0 to {len(self.study) - 1}"
         )
+
+
+def _read_content(path: Path) -> tuple[StoreContent, list[str]]:
+    """Everything but the pixels, and the names of the windows."""
+    group = zarr.open_group(path, mode="r")
+    per_study = {name: _read(group, name) for name in STUDY_ARRAYS}
+    arrays = (_read(group, name) for name in ("image_id", "position_mm", "labels"))
+    return StoreContent(_read(group, "study"), per_study, *arrays), _read(group, "window").tolist()
 
 
 def _read(group: zarr.Group, name: str) -> npt.NDArray[Any]:

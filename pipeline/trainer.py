@@ -158,6 +158,7 @@ class Trainer:
             while not self._is_finished():
                 self._train_epoch(training, progress)
                 self._end_epoch()
+        training.close()
         return self._result()
 
     def _is_finished(self) -> bool:

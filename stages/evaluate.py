@@ -24,7 +24,12 @@ def main(arguments: argparse.Namespace) -> None:
     metrics_path = folder / "metrics.json"
     if not metrics_path.is_file():
         raise IchorError(f"{metrics_path}: no scores yet; run `python -m stages.evaluate` (or `dvc repro`) first")
-    print(describe(json.loads(metrics_path.read_bytes())))
+    try:
+        print(describe(json.loads(metrics_path.read_bytes())))
+    except (ValueError, KeyError, TypeError):
+        raise IchorError(
+            f"{metrics_path}: not the scores of an evaluation; run `python -m stages.evaluate` again"
+        ) from None
     print(f"report: {folder / 'report.html'}")
 
 

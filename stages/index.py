@@ -5,11 +5,9 @@ Writes <data>/index/manifest.parquet, headers.parquet (so that unchanged files a
 
 import argparse
 
-import pandas as pd
-
 from pipeline.config import load_config
 from pipeline.files import write_json, write_parquet
-from pipeline.index import build_manifest
+from pipeline.index import build_manifest, read_known_headers
 from pipeline.manifest import account, describe_account, write_manifest
 from stages.common import door
 
@@ -18,7 +16,7 @@ def main(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.params)
     folder = arguments.data / "index"
     headers_path = folder / "headers.parquet"
-    known = pd.read_parquet(headers_path) if headers_path.is_file() else None
+    known = read_known_headers(headers_path)
     manifest, headers, found = build_manifest(config, known)
     write_parquet(headers_path, headers)
     write_manifest(folder / "manifest.parquet", manifest)

@@ -56,7 +56,11 @@ def _draw(store: Store, arguments: argparse.Namespace) -> None:
     if wanted != "all" and wanted not in names:
         raise IchorError(f"--window {wanted}: the store has {', '.join(names)}; give one of them, or all")
     study = store.find_study(arguments.study)
-    draw_sheet(store, study, names if wanted == "all" else [wanted]).save(arguments.out)
+    sheet = draw_sheet(store, study, names if wanted == "all" else [wanted])
+    try:
+        sheet.save(arguments.out)
+    except ValueError:
+        raise IchorError(f"--out {arguments.out}: the name's ending is that of no picture; give a .png") from None
     print(f"study {study} of {len(store.study)}: {arguments.out}")
 
 

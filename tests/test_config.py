@@ -41,7 +41,9 @@ def test_committed_parameter_files_are_valid(name: str) -> None:
         ("preprocess.image_size", "big", "integer"),
         ("preprocess.image_size", 3, "16"),
         ("preprocess.workers", -1, "auto"),
-        ("preprocess.windows.brain.width", 0, "greater than 0"),
+        ("preprocess.windows.brain.width", 0, "greater than or equal to 1"),
+        ("preprocess.windows.brain.centre", float("inf"), "finite"),
+        ("source.dicom", "", "at least 1 character"),
         ("train.model", "resnet9000", "compact"),
         ("train.learning_rate", 0, "greater than 0"),
         ("folds.count", 1, "2"),
@@ -71,6 +73,18 @@ def test_missing_key_is_refused_by_name(tmp_path: Path) -> None:
 def test_fold_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"names fold 5, but folds.count = 5"):
         load_config(write(tmp_path, set_key("train.folds", [0, 5])))
+
+
+def test_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text() + "\nfolds:\n  count: 3\n  seed: 1\n")
+    with pytest.raises(ConfigError, match="the key 'folds' stands there twice"):
+        load_config(path)
+
+
+def test_salt_is_bounded_in_bytes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="patient_salt has 80 bytes, at most 64"):
+        load_config(write(tmp_path, set_key("index.patient_salt", "é" * 40)))
 
 
 def test_every_fault_is_named_at_once(tmp_path: Path) -> None:

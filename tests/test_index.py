@@ -48,6 +48,11 @@ def change(path: Path, **values: Any) -> None:
         ({"PixelSpacing": None}, "no_geometry"),
         ({"PixelSpacing": ["0", "0"]}, "no_geometry"),
         ({"ImageOrientationPatient": ["0", "1", "0", "0", "0", "-1"]}, "not_axial"),
+        ({"HighBit": 15}, "high_bit"),
+        ({"PixelSpacing": ["1e308", "1e308"]}, "implausible"),
+        ({"ImagePositionPatient": ["0", "0", "1e30"]}, "implausible"),
+        ({"RescaleSlope": "1e9"}, "implausible"),
+        ({"RescaleIntercept": "1e9"}, "implausible"),
         ({"RescaleIntercept": None}, "no_rescale"),
         ({"RescaleSlope": "0"}, "no_rescale"),
         ({"PixelData": None}, "no_pixels"),
@@ -123,6 +128,43 @@ def test_same_image_identifier_twice_is_used_once(cohort: Cohort) -> None:
     manifest, _, _ = build_manifest(cohort.config())
     assert account(manifest)["reasons"] == {"duplicate": 1}
     assert kept(manifest)["image_id"].is_unique
+
+
+def test_series_is_chosen_by_its_images_not_by_its_files(cohort: Cohort) -> None:
+    cohort.add_study(1, 3)
+    other = cohort.dicom / "b"
+    for k in range(2):
+        cohort.add_study(1, 1, series_id="ID_other", image_id=f"ID_{k:09x}", position_mm=(0.0, 0.0, float(k)))
+        other.mkdir(exist_ok=True)
+        (cohort.dicom / "ID_000010000.dcm").rename(other / f"{k}.dcm")
+    cohort.add_study(1, 3)
+    manifest, _, _ = build_manifest(cohort.config(source__dicom=[str(cohort.dicom), str(other)]))
+    assert account(manifest)["reasons"] == {"duplicate": 2, "other_series": 2}
+    assert account(manifest)["used"] == 3
+
+
+def test_file_name_that_is_no_utf8_is_excluded_and_the_rest_goes_on(cohort: Cohort) -> None:
+    cohort.add_study(1, 2)
+    with open(os.fsencode(cohort.dicom) + b"/\xff.dcm", "wb") as file:
+        file.write(b"x")
+    manifest, _, _ = build_manifest(cohort.config())
+    assert account(manifest)["reasons"] == {"unreadable": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish"])
+def test_damaged_header_table_is_passed_over(cohort: Cohort, run_stage: Callable[..., Any], content: bytes) -> None:
+    cohort.add_study(1, 2)
+    cohort.write_params()
+    assert run_stage("index").code == 0
+    (cohort.data / "index" / "headers.parquet").write_bytes(content)
+    ran = run_stage("index")
+    assert ran.code == 0
+    assert "reading every header anew" in ran.err
+    (cohort.data / "index" / "manifest.parquet").write_bytes(content)
+    ran = run_stage("preprocess")
+    assert ran.code == 1
+    assert "run `python -m stages.index` again" in ran.err
+    assert "Traceback" not in ran.err
 
 
 def test_every_file_is_accounted_for_among_rubbish(cohort: Cohort) -> None:

@@ -181,12 +181,35 @@ def test_file_changed_after_index_is_an_error_and_what_is_finished_is_kept(cohor
     manifest, _, _ = build_manifest(config)
     os.utime(cohort.dicom / "ID_000020001.dcm", ns=(1, 1))
     with pytest.raises(
-        SourceError, match=r"1 file\(s\) changed or vanished after index read them, 'ID_000020001.dcm' first"
+        SourceError, match=r"1 file\(s\) changed, vanished or could not be read after index, 'ID_000020001.dcm' first"
     ):
         preprocess(config, manifest, data=cohort.data, manifest_digest="m")
     assert len(list((cohort.data / "wip" / "shards").glob("*.shard"))) == 2
     assert not (cohort.data / "store.zarr").exists()
     run(cohort)
+
+
+def test_file_that_is_away_for_a_while_is_not_forgotten(cohort: Cohort) -> None:
+    cohort.add_study(1, 3)
+    config = cohort.config()
+    manifest, _, _ = build_manifest(config)
+    away = cohort.dicom / "ID_000010001.dcm"
+    away.rename(cohort.folder / "away")
+    with pytest.raises(SourceError, match="vanished or could not be read"):
+        preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+    (cohort.folder / "away").rename(away)
+    preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+    assert Store(cohort.data / "store.zarr").num_slices.tolist() == [3]
+
+
+def test_damaged_record_of_a_finished_study_is_made_anew(cohort: Cohort) -> None:
+    cohort.add_study(1, 2)
+    first, _, _ = run(cohort)
+    (record,) = (cohort.data / "wip" / "shards").glob("*.json")
+    record.write_text('{"kept"')
+    before = tree_bytes(first.path)
+    second, _, _ = run(cohort)
+    assert tree_bytes(second.path) == before
 
 
 def test_vanished_source_is_an_error(cohort: Cohort) -> None:

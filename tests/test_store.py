@@ -165,6 +165,28 @@ def test_store_of_another_format_version_is_refused(store: Store, run_stage: Cal
         assert "Traceback" not in ran.err
 
 
+@pytest.mark.parametrize("name", ["labels", "position_mm", "image_id", "num_slices", "row_spacing_mm"])
+def test_altered_or_missing_small_arrays_are_noticed(store: Store, name: str) -> None:
+    chunk = next(path for path in (store.path / name).iterdir() if path.name.startswith("c"))
+    content = chunk.read_bytes()
+    for place in range(len(content)):
+        altered = bytearray(content)
+        altered[place] ^= 1
+        chunk.write_bytes(bytes(altered))
+        try:
+            opened = Store(store.path)
+        except StoreError:
+            continue
+        # A bit of the compressor's header that changes nothing: then nothing may have changed.
+        np.testing.assert_array_equal(opened.labels, store.labels)
+        np.testing.assert_array_equal(opened.position_mm, store.position_mm)
+        np.testing.assert_array_equal(opened.num_slices, store.num_slices)
+        assert opened.image_id.tolist() == store.image_id.tolist()
+    chunk.unlink()
+    with pytest.raises(StoreError, match="preprocess again"):
+        Store(store.path)
+
+
 @pytest.mark.parametrize("content", [None, "", "{}", '{"attributes": {}}'])
 def test_what_is_no_store_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
@@ -185,6 +207,7 @@ def test_summary_sheet_and_json_show_the_store(cohort: Cohort, store: Store, run
     assert drawn.code == 0, drawn.err
     assert sheet.read_bytes()[:4] == b"\x89PNG"
     assert "give a study uid or a number from 0 to 1" in run_stage("inspect", "--study", "7").err
+    assert "that of no picture" in run_stage("inspect", "--study", "0", "--out", "x.xyz").err
     assert "the store has brain, subdural, soft" in run_stage("inspect", "--study", "0", "--window", "bone").err
 
 

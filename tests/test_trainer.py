@@ -92,6 +92,28 @@ def test_store_without_labels_is_refused(cohort: Cohort, run_stage: Callable[...
     assert "no slice has a label; set source.labels" in ran.err
 
 
+def test_partial_labels_and_too_few_patients_are_refused(cohort: Cohort) -> None:
+    add_studies(cohort, 6)
+    for name in list(cohort.labels)[5:]:
+        del cohort.labels[name]
+    store = make_store(cohort, **SMALL)
+    with pytest.raises(IchorError, match="patients has a label"):
+        _ = [split_slices(cohort.config(**SMALL), store, fold) for fold in range(3)]
+    for path in cohort.dicom.iterdir():
+        if not path.name.startswith(("ID_00000", "ID_00001")):
+            path.unlink()
+    config = cohort.config(**{**SMALL, "folds__count": 2})
+    with pytest.raises(IchorError, match=r"leaves 1 patient\(s\) to learn from"):
+        split_slices(config, make_store(cohort, **SMALL), 0)
+
+
+def test_weights_do_not_depend_on_the_loader_workers(config: Config, store: Store, tmp_path: Path) -> None:
+    alone = train_fold(config, store, 0, wip=tmp_path / "alone")
+    helped = train_fold(change(config, loader_workers=1), store, 0, wip=tmp_path / "helped")
+    for name, weight in alone.weights.items():
+        assert torch.equal(weight, helped.weights[name]), name
+
+
 class StoppedError(Exception):
     pass
 
