@@ -23,7 +23,7 @@ AHEAD = 4
 """Tasks submitted ahead for each worker: enough that none waits, few enough that the queue stays small."""
 
 
-WORKER_TIMEOUT_S = 30
+CONNECT_TIMEOUT_S, WORKER_TIMEOUT_S = 15, 30
 
 
 def count_workers(workers: int | str) -> int:
@@ -76,7 +76,7 @@ def _connect(*, workers: int | str, scheduler: str | None) -> Iterator[Any]:
                 )
             closing.callback(_close, cluster)
         try:
-            client = Client(scheduler or cluster, timeout="15s")
+            client = Client(scheduler or cluster, timeout=CONNECT_TIMEOUT_S)
         except (OSError, ValueError) as error:
             raise IchorError(
                 f"preprocess.scheduler = {scheduler!r}: no Dask scheduler answers there ({error}); start one, or set it to null"
