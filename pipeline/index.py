@@ -129,6 +129,7 @@ def read_headers(files: pd.DataFrame, config: Config, known: pd.DataFrame | None
     version = f"{HEADER_VERSION}-{patient_key('', salt=config.index.patient_salt)}"
     if known is None or "version" not in known or not (known["version"] == version).all():
         known = pd.DataFrame(columns=[*FILE_COLUMNS, *HEADER_COLUMNS, "version"])
+    known = known[known["fault"] != "unreadable"]  # perhaps the disk did not answer for a moment: ask again
     merged = files.reset_index().merge(
         known[FILE_COLUMNS].reset_index(), on=FILE_COLUMNS, how="left", suffixes=("", "_known")
     )

@@ -14,6 +14,7 @@ import pydicom
 import pytest
 
 import pipeline.index
+from pipeline.dicom import Header
 from pipeline.errors import SourceError
 from pipeline.index import build_manifest, find_files
 from pipeline.manifest import EXCLUDED, REASONS, account, kept
@@ -204,6 +205,21 @@ def test_unchanged_files_are_not_read_again(cohort: Cohort, monkeypatch: pytest.
     assert len(third) == 4
     build_manifest(cohort.config(index__patient_salt="other"), headers)
     assert len(read) == 6  # another salt, another key: nothing old may be used
+
+
+def test_file_that_could_not_be_read_is_asked_again(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort.add_study(1, 3)
+    real = pipeline.index.read_header
+
+    def hiccup(path: str, *, patient_salt: str) -> Any:
+        return Header(fault="unreadable") if path.endswith("0001.dcm") else real(path, patient_salt=patient_salt)
+
+    monkeypatch.setattr(pipeline.index, "read_header", hiccup)
+    manifest, headers, _ = build_manifest(cohort.config())
+    assert account(manifest)["reasons"] == {"unreadable": 1}
+    monkeypatch.setattr(pipeline.index, "read_header", real)
+    manifest, _, _ = build_manifest(cohort.config(), headers)
+    assert account(manifest)["used"] == 3
 
 
 def test_manifest_does_not_depend_on_the_workers(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
