@@ -246,6 +246,11 @@ def test_preprocess_without_index_says_what_to_do(cohort: Cohort, run_stage: Cal
     assert "no manifest; run `python -m stages.index`" in ran.err
 
 
+def hear_ctrl_c() -> None:
+    """As at a terminal: what a shell runs in the background ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_killed_run_goes_on_and_ends_in_the_same_bytes(
     cohort: Cohort, tmp_path: Path, run_stage: Callable[..., Any], sign: signal.Signals
@@ -266,7 +271,7 @@ def test_killed_run_goes_on_and_ends_in_the_same_bytes(
         "--data",
         str(cohort.data),
     ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
     while process.poll() is None and len(list(shards.glob("*.json"))) < 3:
         time.sleep(0.002)
     process.send_signal(sign)
@@ -302,6 +307,7 @@ def test_ctrl_c_at_a_terminal_reaches_all_processes_and_ends_cleanly(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_ctrl_c,
     )
     while process.poll() is None and not list((cohort.data / "wip" / "shards").glob("*.json")):
         time.sleep(0.002)
