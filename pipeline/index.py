@@ -177,12 +177,11 @@ def classify(headers: pd.DataFrame) -> pd.DataFrame:
     """
     manifest = headers.drop(columns="version").copy()
     reason = _header_faults(manifest)
-    reason[(reason == "") & manifest.duplicated(["study_uid", "series_uid", "image_id"])] = "duplicate"
+    _exclude_duplicates(manifest, reason, ["study_uid", "series_uid", "image_id"])  # a series is as long as its images
     axial = reason == ""
     chosen = _choose_series(manifest[axial])
     reason[axial & (manifest["series_uid"] != manifest["study_uid"].map(chosen))] = "other_series"
-    is_kept = reason == ""
-    reason[is_kept & manifest[is_kept].duplicated("image_id").reindex(manifest.index, fill_value=False)] = "duplicate"
+    _exclude_duplicates(manifest, reason, ["image_id"])
     wrapped = [
         is_wrapped(bits, signed == 1, intercept)
         for bits, signed, intercept in zip(
@@ -194,6 +193,12 @@ def classify(headers: pd.DataFrame) -> pd.DataFrame:
     manifest["status"], manifest["reason"] = reason.map(statuses), reason
     manifest["position_mm"], manifest["tilt_deg"] = _measure_positions(manifest)
     return _in_order(manifest)
+
+
+def _exclude_duplicates(files: pd.DataFrame, reason: pd.Series, columns: list[str]) -> None:
+    """Keep the first sound file of each image; a damaged copy must not push out a whole one."""
+    sound = files.loc[reason == "", columns]
+    reason[sound.index[sound.duplicated()]] = "duplicate"
 
 
 def _header_faults(files: pd.DataFrame) -> pd.Series:

@@ -15,7 +15,6 @@ import pandas as pd
 
 from pipeline.errors import SourceError
 from pipeline.files import write_parquet
-from pipeline.labels import LABELS
 
 USED, REPAIRED, EXCLUDED = "used", "repaired", "excluded"
 
@@ -101,6 +100,3 @@ def describe_account(totals: dict[str, Any]) -> str:
         status, sentence = REASONS[reason]
         lines.append(f"  {status:9s}{count:9,}  {sentence} ({reason})")
     return "\n".join(lines)
-
-
-LABEL_COLUMNS = list(LABELS)

@@ -168,6 +168,17 @@ def test_damaged_header_table_is_passed_over(cohort: Cohort, run_stage: Callable
     assert "Traceback" not in ran.err
 
 
+def test_damaged_copy_does_not_push_out_a_whole_one(cohort: Cohort) -> None:
+    cohort.add_study(1, 3)
+    whole = cohort.dicom / "ID_000010001.dcm"
+    first = cohort.dicom / "A_first_by_path.dcm"
+    first.write_bytes(whole.read_bytes()[:-500])
+    manifest, _, _ = build_manifest(cohort.config())
+    assert reasons(manifest)[first.name] == "truncated_pixels"
+    assert reasons(manifest)[whole.name] == ""
+    assert account(manifest)["used"] == 3
+
+
 def test_every_file_is_accounted_for_among_rubbish(cohort: Cohort) -> None:
     cohort.add_study(1, 3)
     (cohort.dicom / "notes.txt").write_text("nothing")
