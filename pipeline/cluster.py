@@ -6,24 +6,60 @@ so a task writes under a name that only it produces, and writing it again writes
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import pickle
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
-from typing import Any, TypeVar
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
+from uuid import uuid4
 
 from pipeline.errors import IchorError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+CONNECT_TIMEOUT_S, RESULT_TIMEOUT_S = 15, 30
 AHEAD = 4
-"""Tasks submitted ahead for each worker: enough that none waits, few enough that the queue stays small."""
+"""Tasks submitted ahead for each thread of a worker: enough that none waits, few enough that the queue stays small."""
 
+LOOK_S, NOTICE_S = 1.0, 5.0
+"""How often to ask who is there, and how long nobody may be before it is said: a worker that died is back sooner."""
 
-CONNECT_TIMEOUT_S, WORKER_TIMEOUT_S = 15, 30
+PACKAGES = (
+    "distributed", "numpy", "numcodecs", "opencv-python-headless", "pydicom", "isal", "python-gdcm", "pylibjpeg",
+    "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "pillow",
+)  # fmt: skip
+"""Packages that decide what a task returns or writes."""
+
+ON_THE_WORKER = """
+try:
+    from pipeline.cluster import run_checked
+except ImportError as error:
+    from distributed import get_worker
+    answer = {"pipeline": str(error)}, get_worker().address, None
+else:
+    answer = run_checked(call, expected)
+"""
+"""Sent as text, with the task as bytes: a worker or scheduler without our code could not even receive a function of ours, and
+would leave the task waiting for ever. So only the worker that runs it needs our code, and one without it can say so."""
+
+DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+LOCAL = {"threads_per_worker": 1, "dashboard_address": "127.0.0.1:0", "preload": DEAF}
+"""The preload is for a worker that is started anew after one that died. Dask itself gives each worker one thread a library, a
+MALLOC_TRIM_THRESHOLD_, and its share of the memory, to which it is held."""
+
+REMEDY = "finished work is kept; give each worker more memory or start fewer of them, and run the same command again"
 
 
 def count_workers(workers: int | str) -> int:
@@ -37,6 +73,7 @@ def run_tasks(
     *,
     workers: int | str,
     scheduler: str | None,
+    describe: Callable[[Task], str] = lambda task: "a task",
 ) -> Iterator[Result]:
     """Yield `function(task)` for every task, as they finish, in any order.
 
@@ -44,17 +81,131 @@ def run_tasks(
         function: an importable function; it and its tasks travel to other processes.
         tasks: drawn lazily.
         workers: processes to start; 0 runs in this one.
-        scheduler: address of a running Dask scheduler, used instead of starting processes.
+        scheduler: address of a running Dask scheduler, used instead of starting processes; its workers may come and go.
+        describe: names a task where its failure is told.
 
     Raises:
-        IchorError: the scheduler cannot be reached.
+        IchorError: the scheduler is out of reach, a worker has other code than this process, or a task no memory.
     """
     if scheduler is None and count_workers(workers) == 0:
-        yield from map(function, tasks)
+        for task in tasks:
+            try:
+                result = function(task)
+            except MemoryError as error:
+                raise IchorError(f"{describe(task)}: out of memory ({error}); {REMEDY}") from None
+            yield result
         return
     with _connect(workers=workers, scheduler=scheduler) as client:
         print(f"  Dask dashboard: {client.dashboard_link}", flush=True)
-        yield from _submit_in_a_window(client, function, iter(tasks))
+        yield from _Window(client, function, tasks, describe).results()
+
+
+@cache
+def what_must_agree() -> dict[str, str]:
+    """The code and the libraries of this process, as they were when it first asked: a worker runs what it once imported."""
+    folder = Path(__file__).parent
+    code = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        code.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    found = {"pipeline": code.hexdigest()[:12], "python": f"{sys.version_info.major}.{sys.version_info.minor}"}
+    found |= dict.fromkeys(PACKAGES, "not installed")
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def run_checked(call: bytes, expected: dict[str, str]) -> tuple[dict[str, str] | None, str, Any]:
+    """Run a pickled (function, task) on a worker that has the driver's code and libraries; another tells what it has."""
+    from distributed import get_worker
+
+    if what_must_agree() != expected:
+        return what_must_agree(), get_worker().address, None
+    function, task = pickle.loads(call)
+    return None, "", function(task)
+
+
+class _Window(Generic[Task, Result]):
+    """The few tasks that are under way on a cluster; it grows and shrinks with the workers."""
+
+    def __init__(
+        self, client: Any, function: Callable[[Task], Result], tasks: Iterable[Task], describe: Callable[[Task], str]
+    ) -> None:
+        self.client, self.function, self.tasks, self.describe = client, function, iter(tasks), describe
+        self.scheduler = f"the scheduler at {client.scheduler.address}"
+        self.gone = f"{self.scheduler} went away; finished work is kept; start it again, and run the same command again"
+        self.running: dict[Any, Task] = {}  # by future, in the order of submission
+        self.done: SimpleQueue[Any] = SimpleQueue()
+        self.threads, self.looked_s, self.manned_s, self.is_waiting = 0, -LOOK_S, time.monotonic(), False
+
+    def results(self) -> Iterator[Result]:
+        self._fill()
+        while self.running:
+            with suppress(Empty):
+                yield from self._gather(self.done.get(timeout=LOOK_S))
+            self._fill()
+
+    def _fill(self) -> None:
+        """Submit what keeps every worker busy; with no worker, enough for a cluster that grows with its queue to grow."""
+        self._look_around()
+        for task in islice(self.tasks, max(0, AHEAD * max(1, self.threads) - len(self.running))):
+            given = {"code": ON_THE_WORKER, "call": pickle.dumps((self.function, task)), "expected": what_must_agree()}
+            key = f"{getattr(self.function, '__name__', 'task')}-{uuid4().hex}"  # the dashboard shows what is before the dash
+            future = self.client.submit(eval, "exec(code, globals()) or answer", given, key=key)
+            self.running[future] = task
+            future.add_done_callback(self.done.put)
+
+    def _look_around(self) -> None:
+        """See who is there, now and then: it is a question to the scheduler."""
+        if self.client.status != "running":
+            raise IchorError(self.gone)
+        now_s = time.monotonic()
+        if now_s - self.looked_s < LOOK_S:
+            return
+        self.looked_s = now_s
+        self.threads = self.client.scheduler_info(n_workers=0)["total_threads"]
+        if self.threads:
+            self.manned_s, self.is_waiting = now_s, False
+        elif not self.is_waiting and now_s - self.manned_s >= NOTICE_S:
+            self.is_waiting = True
+            print(f"\n{self.scheduler} has no worker; start some: waiting for one", file=sys.stderr, flush=True)
+
+    def _gather(self, future: Any) -> Iterator[Result]:
+        """Yield what a finished task returned; nothing if that was lost with its worker, for then it is made again."""
+        from distributed import KilledWorker
+
+        try:
+            refusal, worker, result = future.result(timeout=RESULT_TIMEOUT_S)
+        except KilledWorker as error:
+            # Dask blames all that waited at a dead worker; they run in the order of submission, so the first was at work.
+            killer = next(task for blamed, task in self.running.items() if blamed.status == "error")
+            raise IchorError(
+                f"{self.describe(killer)} ended {error.allowed_failures + 1} workers, one after the other, the last at "
+                f"{error.last_worker.address}: most likely they ran out of memory; {REMEDY}"
+            ) from None
+        except MemoryError as error:
+            raise IchorError(f"{self.describe(self.running[future])}: out of memory ({error}); {REMEDY}") from None
+        except (CancelledError, OSError) as error:
+            if future.status == "error":  # the task's own
+                raise
+            if not isinstance(error, TimeoutError):
+                raise IchorError(self.gone) from None
+            future.add_done_callback(self.done.put)
+            return
+        if refusal is not None:
+            raise _disagreement(worker, refusal)
+        del self.running[future]
+        future.release()
+        yield result
+
+
+def _disagreement(worker: str, found: dict[str, str]) -> IchorError:
+    here = what_must_agree()
+    differing = [f"{name}: {here[name]} here, {there} there" for name, there in found.items() if here[name] != there]
+    return IchorError(
+        f"the worker at {worker} has other code than this process ({'; '.join(differing)}); give the workers the same version, "
+        f"restart them, and run the same command again; finished work is kept"
+    )
 
 
 @contextmanager
@@ -63,17 +214,12 @@ def _connect(*, workers: int | str, scheduler: str | None) -> Iterator[Any]:
     # Imported late: a run in this process needs none of it, and it takes a second.
     from distributed import Client, LocalCluster
 
-    logger = logging.getLogger("distributed")
-    logger.setLevel(logging.ERROR)  # what ends well is not news; what fails is raised here
+    for name in ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what ends well is not news; what fails is raised here
     with ExitStack() as closing:
         if scheduler is None:
             with _interrupts_ignored():
-                cluster = LocalCluster(
-                    n_workers=count_workers(workers),
-                    threads_per_worker=1,
-                    dashboard_address="127.0.0.1:0",
-                    silence_logs=logging.ERROR,
-                )
+                cluster = LocalCluster(n_workers=count_workers(workers), silence_logs=logging.CRITICAL, **LOCAL)
             closing.callback(_close, cluster)
         try:
             client = Client(scheduler or cluster, timeout=CONNECT_TIMEOUT_S)
@@ -82,17 +228,7 @@ def _connect(*, workers: int | str, scheduler: str | None) -> Iterator[Any]:
                 f"preprocess.scheduler = {scheduler!r}: no Dask scheduler answers there ({error}); start one, or set it to null"
             ) from None
         closing.callback(_close, client)
-        try:
-            client.wait_for_workers(1, timeout=WORKER_TIMEOUT_S)
-        except TimeoutError:
-            raise IchorError(
-                f"preprocess.scheduler = {scheduler!r}: the scheduler has no worker after {WORKER_TIMEOUT_S} s; start workers there"
-            ) from None
-        try:
-            yield client
-        except BaseException:
-            logger.setLevel(logging.CRITICAL)  # the tasks that are cut off would each have their say
-            raise
+        yield client
 
 
 @contextmanager
@@ -111,21 +247,3 @@ def _interrupts_ignored() -> Iterator[None]:
 def _close(closable: Any) -> None:
     with suppress(Exception):  # the work is done, or given up with a message of its own: closing has nothing to add
         closable.close(timeout=5)
-
-
-def _submit_in_a_window(client: Any, function: Callable[[Task], Result], tasks: Iterator[Task]) -> Iterator[Result]:
-    from distributed import as_completed
-
-    def missing() -> int:
-        """How many more tasks keep every worker busy; workers may join or leave at any time."""
-        return max(1, AHEAD * len(client.scheduler_info(n_workers=-1)["workers"]) - running.count())
-
-    running = as_completed([])
-    for task in islice(tasks, missing()):
-        running.add(client.submit(function, task, pure=False))
-    for future in running:
-        result = future.result()
-        future.release()
-        for task in islice(tasks, missing()):
-            running.add(client.submit(function, task, pure=False))
-        yield result

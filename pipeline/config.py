@@ -26,6 +26,9 @@ MODELS = (
     "seresnext101",
 )
 
+SERIES_RULES = ("soft_tissue", "bone", "thin", "most_slices")
+"""Which of a study's series is wanted: see `pipeline.series`."""
+
 PositiveInt = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 PathText = Annotated[str, Field(min_length=1)]
@@ -55,9 +58,9 @@ class Source(Section):
     labels: PathText | None
 
     @property
-    def dicom_paths(self) -> list[Path]:
-        """The sources as a list, whether one or several were given."""
-        return [Path(path) for path in ([self.dicom] if isinstance(self.dicom, str) else self.dicom)]
+    def entries(self) -> list[str]:
+        """The sources as a list, whether one or several were given: folders, files, zips, globs and URLs."""
+        return [self.dicom] if isinstance(self.dicom, str) else list(self.dicom)
 
 
 class PhantomConfig(Section):
@@ -76,9 +79,12 @@ class PhantomConfig(Section):
 
 
 class IndexConfig(Section):
-    """How headers are read."""
+    """How headers are read, and which slices are wanted."""
 
     patient_salt: Annotated[str, Field(min_length=1)]
+    series: Literal[SERIES_RULES]  # type: ignore[valid-type]
+    chosen_series: list[PathText]
+    max_excluded_fraction: Fraction
 
     @model_validator(mode="after")
     def _short_enough_for_a_key(self) -> IndexConfig:
@@ -110,6 +116,7 @@ class PreprocessConfig(Section):
     """What becomes of the pixels, and who does the work."""
 
     image_size: Annotated[int, Field(ge=16, le=2048)]
+    crop: Literal["none", "head"]
     windows: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Window], Field(min_length=1)]
     workers: Natural | Literal["auto"]
     scheduler: str | None

@@ -17,7 +17,7 @@ from pipeline.errors import IchorError
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """Give a temporary path beside `path`; when the block ends well, sync it and rename it to `path`.
 
     A DVC output may be a read-only hard link into its cache: renaming over it replaces the name and leaves the cache be.
@@ -26,16 +26,18 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        sync(temporary)
+        if synced:
+            sync(temporary)
         os.replace(temporary, path)
-        sync(path.parent)
+        if synced:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with written_whole(path) as temporary:
+def write_bytes(path: Path, content: bytes, *, synced: bool = True) -> None:
+    """Write a file whole or not at all; not `synced`, a power cut may take it or leave it torn."""
+    with written_whole(path, synced=synced) as temporary:
         temporary.write_bytes(content)
 
 

@@ -1,14 +1,14 @@
 """Find the files, read their headers, and decide for each one whether it is used, repaired or excluded, and why.
 
-Only headers are read, and a file that has not changed since the last time is not read again: size and time of change tell.
+Only headers are read, and a file that has not changed since the last time is not read again: size and time of change tell, or
+in a zip the CRC-32. Files that carry one image identifier are compared by their pixels too.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,19 @@ import pandas as pd
 
 from pipeline.cluster import run_tasks
 from pipeline.config import Config
-from pipeline.dicom import NATIVE, Header, patient_key, read_header
+from pipeline.dicom import DEFLATED_SYNTAX, NATIVE, Header, PixelFault, patient_key, read_headers, read_stored
 from pipeline.errors import SourceError
 from pipeline.hounsfield import is_wrapped
 from pipeline.labels import LABELS, UNKNOWN, read_labels
-from pipeline.manifest import EXCLUDED, REASONS, USED, kept
+from pipeline.manifest import EXCLUDED, REASONS, SPACINGS, USED, kept
 from pipeline.progress import Progress
+from pipeline.series import choose_series, find_turns, measure_gaps, measure_positions, measure_tilts, normals
+from pipeline.source import FILE_COLUMNS, Place, Scratch, containers, find_files
 
-HEADER_VERSION = "1"
-"""Raise it when `read_header` reads more or otherwise: an older header table is then read anew."""
+HEADER_VERSION = "2"
+"""Raise it when `read_headers` reads more or otherwise: an older header table is then read anew."""
 
-HEADERS_PER_TASK = 512
+FILES_PER_TASK = 512
 AXIAL_COSINE = np.cos(np.deg2rad(45.0))
 """A plane is axial if its normal is nearer to the body's axis than to any other: gantries tilt up to 30°."""
 
@@ -37,8 +39,12 @@ STEEPEST_SLOPE, FARTHEST_INTERCEPT_HU = 100.0, 32_768.0
 FEWEST_PIXELS = 16
 """Beyond these a header is wrong whatever made it, and would only make rubbish, or fail, further on."""
 
-FILE_COLUMNS = ["source", "path", "size", "mtime_ns"]
-HEADER_COLUMNS = [field.name for field in fields(Header)]
+HEADER_COLUMNS = list(Header._fields)
+PIXEL_COLUMNS = ["transfer_syntax", "frame", "rows", "columns", "bits_stored", "signed", "pixel_offset"]
+"""What `read_stored` asks for."""
+
+COMPARED = [name for name in HEADER_COLUMNS if name not in ("transfer_syntax", "pixel_offset", "pixel_length", "fault")]
+"""What two files of one slice agree in, beside their pixels: one may be compressed, or have more elements."""
 
 
 def build_manifest(
@@ -51,22 +57,22 @@ def build_manifest(
         known_headers: the header table of an earlier run, to read only what changed.
 
     Returns:
-        The manifest, the header table for the next run, and what was found of the labels.
+        The manifest, the header table for the next run, and what was found of the labels and of the gaps between slices.
 
     Raises:
         SourceError: a source is missing, or holds no file or no slice.
         LabelError: the label CSV is at fault.
     """
     labels = read_labels(Path(config.source.labels)) if config.source.labels else None
-    files = find_files(config.source.dicom_paths)
-    headers = read_headers(files, config, known_headers)
-    manifest = classify(headers)
+    files = find_files(config.source.entries)
+    headers = read_header_table(files, config, known_headers)
+    manifest = classify(headers, config)
     if (manifest["status"] == EXCLUDED).all():
         reasons = manifest["reason"].value_counts()
         listed = "; ".join(f"{count} × {REASONS[str(reason)][1]}" for reason, count in reasons.items())
-        raise SourceError(f"source.dicom: {len(manifest)} files found, none of them a usable axial CT slice ({listed})")
+        raise SourceError(f"source.dicom: {len(files)} files found, none of them a usable axial CT slice ({listed})")
     manifest, found = join_labels(manifest, labels)
-    return manifest, headers, found
+    return manifest, headers, found | _count_spacings(manifest)
 
 
 def read_known_headers(path: Path) -> pd.DataFrame | None:
@@ -80,129 +86,100 @@ def read_known_headers(path: Path) -> pd.DataFrame | None:
         return None
 
 
-def find_files(sources: list[Path]) -> pd.DataFrame:
-    """List every file under the sources, in the order of source and path, with size and time of change.
+def read_header_table(files: pd.DataFrame, config: Config, known: pd.DataFrame | None) -> pd.DataFrame:
+    """Join `files` with their headers, reading only those that `known` does not hold unchanged.
 
-    Raises:
-        SourceError: a source does not exist, or there is no file at all.
+    Returns:
+        One row a slice: `FILE_COLUMNS`, the header, ``pixel_digest`` (of slices that share an identifier), ``version``.
     """
-    rows: list[tuple[int, str, int, int]] = []
-    for number, source in enumerate(sources):
-        if not source.exists():
-            raise SourceError(
-                f"source.dicom: {source} does not exist; set it to a folder of DICOM files, a file, or a list"
-            )
-        found = sorted(_walk(source)) if source.is_dir() else [("", source.stat())]
-        rows += [(number, path, status.st_size, status.st_mtime_ns) for path, status in found]
-    if not rows:
-        raise SourceError(f"source.dicom: no file in {', '.join(map(str, sources))}")
-    return pd.DataFrame(rows, columns=FILE_COLUMNS)
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Files below `folder` with paths relative to it; links are followed, each folder is entered once."""
-    entered: set[tuple[int, int]] = set()
-    waiting = [""]
-    while waiting:
-        relative = waiting.pop()
-        status = os.stat(folder / relative)
-        if (status.st_dev, status.st_ino) in entered:
-            continue
-        entered.add((status.st_dev, status.st_ino))
-        with os.scandir(folder / relative) as entries:
-            for entry in entries:
-                path = os.path.join(relative, entry.name)
-                if entry.is_dir():
-                    waiting.append(path)
-                elif entry.is_file():
-                    # A name that is no UTF-8 is shown escaped; nothing is found under it, so it is excluded as unreadable.
-                    yield os.fsencode(path).decode("utf-8", "backslashreplace"), entry.stat()
-
-
-def locate(sources: list[Path], source: int, path: str) -> Path:
-    """The place of a manifest's file: its path is relative to a source, or empty where the source is the file itself."""
-    return sources[source] / path if path else sources[source]
-
-
-def read_headers(files: pd.DataFrame, config: Config, known: pd.DataFrame | None) -> pd.DataFrame:
-    """Join `files` with their headers, reading only those that `known` does not hold unchanged."""
     version = f"{HEADER_VERSION}-{patient_key('', salt=config.index.patient_salt)}"
     if known is None or "version" not in known or not (known["version"] == version).all():
-        known = pd.DataFrame(columns=[*FILE_COLUMNS, *HEADER_COLUMNS, "version"])
+        known = _no_headers()
+    if known[FILE_COLUMNS].equals(files) and not (known["fault"] == "unreadable").any():
+        print(f"index: {len(files):,} files, 0 new or changed", flush=True)
+        return known
     known = known[known["fault"] != "unreadable"]  # perhaps the disk did not answer for a moment: ask again
-    merged = files.reset_index().merge(
+    known = known.reset_index(drop=True)
+    matched = files.reset_index().merge(
         known[FILE_COLUMNS].reset_index(), on=FILE_COLUMNS, how="left", suffixes=("", "_known")
     )
-    is_new = merged["index_known"].isna().to_numpy()
-    reused = known.loc[merged["index_known"][~is_new].astype(int), HEADER_COLUMNS].set_index(merged["index"][~is_new])
-    parts = [reused] if len(reused) else []
-    new = files[is_new]
+    is_new = matched["index_known"].isna().to_numpy()
+    old = known.loc[matched["index_known"][~is_new].astype(int)].set_axis(matched["index"][~is_new])
+    new = files[matched.drop_duplicates("index")["index_known"].isna().to_numpy()]
     print(f"index: {len(files):,} files, {len(new):,} new or changed", flush=True)
+    parts = [old.drop(columns=FILE_COLUMNS)] if len(old) else []
     if len(new):
-        parts.append(_read_new(new, config))
-    headers = pd.concat(parts).sort_index()
-    return pd.concat([files, headers], axis=1).assign(version=version)
+        parts.append(_read_new(new, config).assign(pixel_digest=""))
+    headers = pd.concat(parts).sort_index(kind="stable")
+    table = files.loc[headers.index].reset_index(drop=True)
+    table = pd.concat([table, headers.reset_index(drop=True)], axis=1).assign(version=version)
+    return table.astype({name: table.dtypes[name] for name in FILE_COLUMNS} | {"pixel_digest": "str", "version": "str"})
+
+
+def _no_headers() -> pd.DataFrame:
+    return pd.DataFrame(columns=[*FILE_COLUMNS, *HEADER_COLUMNS, "pixel_digest", "version"])
 
 
 def _read_new(new: pd.DataFrame, config: Config) -> pd.DataFrame:
-    sources = config.source.dicom_paths
     tasks = (
-        (
-            part.index.to_numpy(),
-            [str(locate(sources, *at).absolute()) for at in zip(part["source"], part["path"], strict=True)],
-            config.index.patient_salt,
-        )
-        for part in (new.iloc[start : start + HEADERS_PER_TASK] for start in range(0, len(new), HEADERS_PER_TASK))
+        (part.index.to_numpy(), list(_places(part, config)), config.index.patient_salt)
+        for part in (new.iloc[start : start + FILES_PER_TASK] for start in range(0, len(new), FILES_PER_TASK))
     )
-    workers = 0 if len(new) <= HEADERS_PER_TASK else config.preprocess.workers  # not worth starting processes for
     parts = []
     with Progress(len(new), what="headers", unit="files") as progress:
-        for part in run_tasks(_read_header_batch, tasks, workers=workers, scheduler=config.preprocess.scheduler):
+        for part in _run(_read_header_batch, tasks, len(new), config):
             parts.append(part)
-            progress.advance(len(part))
+            progress.advance(part.index.nunique())
     return pd.concat(parts)
 
 
-def _read_header_batch(task: tuple[np.ndarray, list[str], str]) -> pd.DataFrame:
-    index, paths, patient_salt = task
-    rows = [asdict(read_header(path, patient_salt=patient_salt)) for path in paths]
-    return pd.DataFrame(rows, columns=HEADER_COLUMNS, index=index)
+def _run(function: Any, tasks: Iterator[Any], count: int, config: Config) -> Iterator[Any]:
+    workers = 0 if count <= FILES_PER_TASK else config.preprocess.workers  # not worth starting processes for
+    return run_tasks(function, tasks, workers=workers, scheduler=config.preprocess.scheduler)
 
 
-def classify(headers: pd.DataFrame) -> pd.DataFrame:
-    """Give every file its position, status and reason, and put the kept slices in order.
+def _places(files: pd.DataFrame, config: Config) -> Iterator[Place]:
+    columns = [files[name].tolist() for name in ("size", "stamp", "method", "offset", "packed_size")]
+    return map(Place, containers(config.source.entries, files), *columns)
 
-    One series a study is used: the axial one with most slices (of equal ones, the first by uid). Slices are ordered along the
-    slice normal (PS3.3 C.7.6.2.1.1), equal positions by image id.
+
+def _read_header_batch(task: tuple[np.ndarray, list[Place], str]) -> pd.DataFrame:
+    index, places, patient_salt = task
+    headers = [read_headers(place, patient_salt=patient_salt) for place in places]
+    repeated = np.repeat(index, [len(of_file) for of_file in headers])
+    rows = [header for of_file in headers for header in of_file]
+    return pd.DataFrame(rows, columns=HEADER_COLUMNS, index=repeated)
+
+
+def classify(headers: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """Give every slice its position, status and reason, and put the kept ones in order.
+
+    One series a study is used (`pipeline.series.choose_series`). Slices are ordered along the slice normal (PS3.3 C.7.6.2.1.1),
+    equal positions by image id. Pixel digests of slices that share an identifier are added to `headers`, for the next run.
     """
-    manifest = headers.drop(columns="version").copy()
+    manifest = headers.drop(columns=["version", "pixel_digest"])
     reason = _header_faults(manifest)
-    _exclude_duplicates(manifest, reason, ["study_uid", "series_uid", "image_id"])  # a series is as long as its images
-    axial = reason == ""
-    chosen = _choose_series(manifest[axial])
-    reason[axial & (manifest["series_uid"] != manifest["study_uid"].map(chosen))] = "other_series"
-    _exclude_duplicates(manifest, reason, ["image_id"])
-    wrapped = [
-        is_wrapped(bits, signed == 1, intercept)
-        for bits, signed, intercept in zip(
-            manifest["bits_stored"], manifest["signed"], manifest["intercept"], strict=True
-        )
-    ]
-    reason[(reason == "") & np.array(wrapped)] = "wrap_12bit"
+    _exclude_foreign(manifest, reason)
+    _compare_duplicates(headers, reason, config)
+    axial = (reason == "").to_numpy()
+    chosen = choose_series(manifest[axial], rule=config.index.series, chosen=config.index.chosen_series)
+    reason[axial & (manifest["series_uid"] != manifest["study_uid"].map(chosen)).to_numpy()] = "other_series"
+    slices = manifest[(reason == "").to_numpy()]
+    turns = find_turns(slices)
+    repairs = _repairs(slices, turns)
+    reason[repairs.index] = repairs
     statuses = {"": USED, **{code: status for code, (status, _) in REASONS.items()}}
-    manifest["status"], manifest["reason"] = reason.map(statuses), reason
-    manifest["position_mm"], manifest["tilt_deg"] = _measure_positions(manifest)
+    manifest["turn"] = pd.Series(turns, index=slices.index).reindex(manifest.index, fill_value=0)
+    manifest["tilt_deg"] = measure_tilts(manifest)
+    manifest["position_mm"] = pd.Series(measure_positions(slices), index=slices.index)
+    longest_mm = np.maximum(slices["rows"] * slices["row_spacing_mm"], slices["columns"] * slices["column_spacing_mm"])
+    manifest["field_mm"] = longest_mm.groupby(slices["study_uid"]).transform("max")
+    manifest["status"], manifest["reason"] = reason.map(statuses).astype("str"), reason.astype("str")
     return _in_order(manifest)
 
 
-def _exclude_duplicates(files: pd.DataFrame, reason: pd.Series, columns: list[str]) -> None:
-    """Keep the first sound file of each image; a damaged copy must not push out a whole one."""
-    sound = files.loc[reason == "", columns]
-    reason[sound.index[sound.duplicated()]] = "duplicate"
-
-
 def _header_faults(files: pd.DataFrame) -> pd.Series:
-    """The first reason that applies to each file, or an empty text."""
+    """The first reason that applies to each slice, or an empty text."""
     geometry = [
         "position_x_mm",
         "position_y_mm",
@@ -214,88 +191,133 @@ def _header_faults(files: pd.DataFrame) -> pd.Series:
         "column_y",
         "column_z",
     ]
-    spacing = files[["row_spacing_mm", "column_spacing_mm"]]
+    spacing = files[["row_spacing_mm", "column_spacing_mm"]].to_numpy(float)
     expected = files["rows"] * files["columns"] * files["samples"] * (files["bits_allocated"] // 8)
     native = files["transfer_syntax"].isin(NATIVE)
-    image_type = files["image_type"].str.upper().str.split("\\")
+    single = native & (files["frame"] < 0)
     with np.errstate(invalid="ignore"):
-        normal = _normals(files)
-        axial = np.abs(normal[:, 2]) >= AXIAL_COSINE
+        axial = np.abs(normals(files)[:, 2]) >= AXIAL_COSINE
     tests = {
         "unreadable": files["fault"] == "unreadable",
+        "zip_method": files["fault"] == "zip_method",
         "not_dicom": files["fault"] == "not_dicom",
         "dicomdir": files["fault"] == "dicomdir",
-        "no_pixels": (files["rows"] <= 0) | (files["columns"] <= 0) | (native & (files["pixel_offset"] < 0)),
+        "no_pixels": (files["rows"] <= 0)
+        | (files["columns"] <= 0)
+        | ((files["pixel_offset"] < 0) & (files["transfer_syntax"] != DEFLATED_SYNTAX))
+        | (single & (files["pixel_length"] == 0)),
         "not_ct": files["modality"] != "CT",
-        "localizer": image_type.map(lambda kinds: "LOCALIZER" in kinds),
-        "colour": (files["samples"] != 1) | (files["photometric"] != "MONOCHROME2"),
+        "localizer": files["image_type"].str.contains("LOCALIZER", regex=False),
+        "colour": (files["samples"] != 1) | ~files["photometric"].isin(["MONOCHROME1", "MONOCHROME2"]),
         "multi_frame": files["frames"] != 1,
         "not_16_bit": (files["bits_allocated"] != 16)
         | ~files["bits_stored"].between(1, 16)
         | ~files["signed"].isin([0, 1]),
         "high_bit": (files["high_bit"] >= 0) & (files["high_bit"] != files["bits_stored"] - 1),
         "no_identifiers": (files["study_uid"] == "") | (files["series_uid"] == "") | (files["image_id"] == ""),
-        "no_geometry": ~np.isfinite(files[geometry]).all(axis=1)
-        | ~(spacing > 0).all(axis=1)
-        | ~np.isfinite(spacing).all(axis=1),
+        "no_geometry": ~np.isfinite(files[geometry].to_numpy(float)).all(axis=1)
+        | ~(np.isfinite(spacing) & (spacing > 0)).all(axis=1),
         "not_axial": ~axial,
         "no_rescale": ~np.isfinite(files["slope"]) | ~np.isfinite(files["intercept"]) | (files["slope"] == 0),
-        "implausible": (
-            ~files[["row_spacing_mm", "column_spacing_mm"]]
-            .apply(lambda mm: mm.between(*PLAUSIBLE_SPACING_MM))
-            .all(axis=1)
-            | ~(files[geometry[:3]].abs() < FARTHEST_MM).all(axis=1)
-            | ~files["slope"].between(0, STEEPEST_SLOPE, inclusive="right")
-            | (files["intercept"].abs() > FARTHEST_INTERCEPT_HU)
-            | (files[["rows", "columns"]] < FEWEST_PIXELS).any(axis=1)
-        ),
+        "implausible": ~((spacing >= PLAUSIBLE_SPACING_MM[0]) & (spacing <= PLAUSIBLE_SPACING_MM[1])).all(axis=1)
+        | ~(files[geometry[:3]].abs() < FARTHEST_MM).all(axis=1)
+        | (files["slope"].abs() > STEEPEST_SLOPE)
+        | (files["intercept"].abs() > FARTHEST_INTERCEPT_HU)
+        | (files[["rows", "columns"]] < FEWEST_PIXELS).any(axis=1),
         "truncated_pixels": native
         & ((files["pixel_offset"] + expected > files["size"]) | files["pixel_length"].between(0, expected - 1)),
     }
     assert list(tests) == list(REASONS)[: len(tests)], "reasons are asked in the order of the documented list"
-    chosen = np.select([np.asarray(test) for test in tests.values()], list(tests), default="")
+    chosen = np.select([np.asarray(test, bool) for test in tests.values()], list(tests), default="")
     return pd.Series(chosen, index=files.index, dtype=object)
 
 
-def _normals(files: pd.DataFrame) -> np.ndarray:
-    """Slice normals, [file, 3], unit length, pointing to the head's end (larger z)."""
-    normal = np.cross(
-        files[["row_x", "row_y", "row_z"]].to_numpy(), files[["column_x", "column_y", "column_z"]].to_numpy()
+def _exclude_foreign(files: pd.DataFrame, reason: pd.Series) -> None:
+    """A study is one patient's: the one of most of its slices."""
+    sound = files.loc[reason == "", ["study_uid", "patient_key"]]
+    counts = sound.value_counts(sort=False).rename("slices").reset_index()
+    if not counts["study_uid"].duplicated().any():
+        return
+    counts = counts.sort_values(["study_uid", "slices", "patient_key"], ascending=[True, False, True])
+    owner = counts.drop_duplicates("study_uid").set_index("study_uid")["patient_key"]
+    reason[sound.index[sound["patient_key"] != sound["study_uid"].map(owner)]] = "foreign_patient"
+
+
+def _compare_duplicates(headers: pd.DataFrame, reason: pd.Series, config: Config) -> None:
+    """Of files with one image identifier, keep the first if all hold the same slice; else none, as no one knows which is right."""
+    sound = headers[(reason == "").to_numpy()]
+    shared = sound[sound["image_id"].duplicated(keep=False)]
+    if shared.empty:
+        return
+    undigested = shared[shared["pixel_digest"] == ""]
+    tasks = (
+        (part.index.to_numpy(), list(_places(part, config)), part[PIXEL_COLUMNS].to_dict("records"))
+        for part in (undigested.iloc[start : start + 64] for start in range(0, len(undigested), 64))
     )
-    length = np.linalg.norm(normal, axis=1, keepdims=True)
-    normal = np.divide(normal, length, out=np.full_like(normal, np.nan), where=length > 0)
-    return np.where(normal[:, 2:] < 0, -normal, normal)
+    with Progress(len(undigested), what="slices that share an identifier", unit="slices") as progress:
+        for index, digests in _run(_digest_batch, tasks, len(undigested), config):
+            headers.loc[index, "pixel_digest"] = digests
+            progress.advance(len(index))
+    shared = headers.loc[shared.index]
+    faulty = shared["pixel_digest"].isin(REASONS)
+    reason[shared.index[faulty]] = shared.loc[faulty, "pixel_digest"]
+    headers.loc[shared.index[shared["pixel_digest"] == "changed"], "pixel_digest"] = ""  # perhaps for a moment
+    shared = shared[~faulty]
+    first = shared.groupby("image_id", sort=False)[[*COMPARED, "pixel_digest"]].transform("first")
+    agrees = ((shared[first.columns] == first) | (shared[first.columns].isna() & first.isna())).all(axis=1)
+    all_agree = agrees.groupby(shared["image_id"]).transform("all")
+    reason[shared.index[~all_agree]] = "conflict"
+    reason[shared.index[all_agree & shared["image_id"].duplicated()]] = "duplicate"
 
 
-def _choose_series(axial: pd.DataFrame) -> pd.Series:
-    """Study uid → the uid of its series with most axial slices."""
-    counts = axial.groupby(["study_uid", "series_uid"]).size().rename("slices").reset_index()
-    counts = counts.sort_values(["study_uid", "slices", "series_uid"], ascending=[True, False, True])
-    return counts.drop_duplicates("study_uid").set_index("study_uid")["series_uid"]
+def _digest_batch(task: tuple[np.ndarray, list[Place], list[dict[str, Any]]]) -> tuple[np.ndarray, list[str]]:
+    """A digest of each slice's stored values, or the reason why they cannot be had."""
+    index, places, facts = task
+    digests = []
+    scratch = Scratch()
+    for place, fact in zip(places, facts, strict=True):
+        try:
+            stored = read_stored(place, scratch=scratch, **fact)
+            digests.append(hashlib.blake2b(stored.tobytes(), digest_size=16).hexdigest())
+        except PixelFault as fault:
+            digests.append(fault.code)
+    return index, digests
 
 
-def _measure_positions(files: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """Position in mm along the normal that most slices of the series share, and the tilt of each slice in degrees."""
-    orientation = ["row_x", "row_y", "row_z", "column_x", "column_y", "column_z"]
-    slices = files.loc[files["status"] != EXCLUDED, ["series_uid", *orientation]]
-    rounded = [slices[column].round(3).rename(f"{column}_rounded") for column in orientation]
-    grouped = slices.groupby([slices["series_uid"].rename("series"), *rounded])
-    shared = grouped.first().assign(slices=grouped.size()).reset_index(drop=True)
-    shared = shared.sort_values(
-        ["series_uid", "slices", *orientation], ascending=[True, False, *[True] * 6]
-    ).drop_duplicates("series_uid")
-    normal_of = pd.DataFrame(_normals(shared), index=shared["series_uid"])
-    normal = normal_of.reindex(files["series_uid"]).to_numpy()
-    place = files[["position_x_mm", "position_y_mm", "position_z_mm"]].to_numpy()
-    own_normal = _normals(files)
-    tilt_deg = np.rad2deg(np.arccos(np.clip(np.abs(own_normal[:, 2]), 0, 1)))
-    return pd.Series((normal * place).sum(axis=1), index=files.index), pd.Series(tilt_deg, index=files.index)
+def _repairs(slices: pd.DataFrame, turns: np.ndarray) -> pd.Series:
+    """The repairs that headers ask for; where a slice needs several, the first of the documented list is named."""
+    wrapped = [
+        is_wrapped(bits, signed == 1, intercept)
+        for bits, signed, intercept in zip(slices["bits_stored"], slices["signed"], slices["intercept"], strict=True)
+    ]
+    expected = slices["rows"] * slices["columns"] * 2
+    surplus = slices["transfer_syntax"].isin(NATIVE) & (slices["pixel_length"] > expected + 1)
+    tests = {"wrap_12bit": np.array(wrapped, bool), "surplus_pixels": surplus.to_numpy(), "turned": turns != 0}
+    named = pd.Series(np.select(list(tests.values()), list(tests), default=""), index=slices.index, dtype=object)
+    return named[named != ""]
 
 
 def _in_order(manifest: pd.DataFrame) -> pd.DataFrame:
     slices = kept(manifest).sort_values(["study_uid", "position_mm", "image_id"], kind="stable")
-    rest = manifest[manifest["status"] == EXCLUDED]
-    return pd.concat([slices, rest]).reset_index(drop=True)
+    study = pd.factorize(slices["study_uid"])[0]
+    gap_mm, spacing = measure_gaps(study, slices["position_mm"].to_numpy(float))
+    slices = slices.assign(gap_mm=gap_mm, spacing=spacing)
+    rest = manifest[manifest["status"] == EXCLUDED].assign(gap_mm=np.nan, spacing="")
+    ordered = pd.concat([slices, rest]).reset_index(drop=True)
+    return ordered.astype({"spacing": "str"})
+
+
+def _count_spacings(manifest: pd.DataFrame) -> dict[str, Any]:
+    slices = kept(manifest)
+    return {
+        "spacing": {
+            name: {
+                "slices": int((slices["spacing"] == name).sum()),
+                "studies": int(slices.loc[slices["spacing"] == name, "study_uid"].nunique()),
+            }
+            for name in SPACINGS
+        }
+    }
 
 
 def join_labels(manifest: pd.DataFrame, labels: pd.DataFrame | None) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -1,8 +1,10 @@
-"""The manifest: one row a file found, each used, repaired or excluded, and why. Also the fixed list of reasons.
+"""The manifest: one row a slice found, each used, repaired or excluded, and why. Also the fixed list of reasons.
 
-Columns: ``source`` (number of the entry of `source.dicom`), ``path`` (relative to it), ``size``, ``mtime_ns``, the header's
-values (`pipeline.dicom.Header`), ``position_mm`` (along the slice normal), ``tilt_deg``, ``status``, ``reason``, and the six
-labels (1, 0, −1 unknown). Rows are in the order study, position, image id; excluded files follow by path.
+A multi-frame file has a row for each frame. Columns: where the file lies (`pipeline.source.FILE_COLUMNS`), the header's values
+(`pipeline.dicom.Header`), ``position_mm`` (along the slice normal), ``tilt_deg``, ``gap_mm`` (to the slice below), ``spacing``
+(empty, ``hole``, ``overlap``, ``same_position``), ``field_mm`` (longest side of the study's largest field of view), ``turn``,
+``status``, ``reason``, and the six labels (1, 0, −1 unknown). Rows are in the order study, position, image id; excluded files
+follow by path.
 """
 
 from __future__ import annotations
@@ -21,13 +23,17 @@ USED, REPAIRED, EXCLUDED = "used", "repaired", "excluded"
 REASONS: dict[str, tuple[str, str]] = {
     # Found by reading the header alone, in the order in which they are asked.
     "unreadable": (EXCLUDED, "the file cannot be read or parsed"),
+    "zip_method": (
+        EXCLUDED,
+        "packed in its zip in a way that cannot be read (encrypted, or neither stored nor deflated)",
+    ),
     "not_dicom": (EXCLUDED, "not a DICOM file"),
     "dicomdir": (EXCLUDED, "a DICOM directory (DICOMDIR), no image"),
     "no_pixels": (EXCLUDED, "no pixel data in it"),
     "not_ct": (EXCLUDED, "its modality is not CT"),
     "localizer": (EXCLUDED, "a localizer"),
-    "colour": (EXCLUDED, "a colour or palette capture, not MONOCHROME2"),
-    "multi_frame": (EXCLUDED, "several frames in one file"),
+    "colour": (EXCLUDED, "a colour or palette capture, not grey"),
+    "multi_frame": (EXCLUDED, "several frames in one file, without a geometry for each"),
     "not_16_bit": (EXCLUDED, "its pixels are not 16 bits wide"),
     "high_bit": (EXCLUDED, "its stored bits are not the lowest ones of a value"),
     "no_identifiers": (EXCLUDED, "its study, series or image identifier is missing"),
@@ -37,14 +43,32 @@ REASONS: dict[str, tuple[str, str]] = {
     "implausible": (EXCLUDED, "its size, spacing, position or rescale is that of no CT"),
     "truncated_pixels": (EXCLUDED, "its pixel data are cut short"),
     # Found by comparing files.
-    "other_series": (EXCLUDED, "another series of the study was chosen"),
-    "duplicate": (EXCLUDED, "another file holds the same image identifier"),
+    "foreign_patient": (EXCLUDED, "most slices of its study are another patient's"),
+    "duplicate": (EXCLUDED, "the same slice as in another file"),
+    "conflict": (EXCLUDED, "another file has the same image identifier and a different image: neither can be trusted"),
+    "other_series": (EXCLUDED, "another series was chosen"),
     # Found when the pixels are read.
     "changed": (EXCLUDED, "the file changed after index read it"),
     "undecodable": (EXCLUDED, "its pixel data cannot be decoded"),
-    # Repairs.
+    "decoder_died": (EXCLUDED, "its pixel data crashed the decoder"),
+    "decoder_hung": (EXCLUDED, "its pixel data kept the decoder busy without end"),
+    "garbage": (EXCLUDED, "its values are noise, or out of any scanner's range"),
+    # Repairs; where a slice has several, the first of these is named.
     "wrap_12bit": (REPAIRED, "12-bit values had wrapped round; unwrapped"),
+    "inverted": (REPAIRED, "stored as its own negative (MONOCHROME1); turned positive"),
+    "surplus_pixels": (REPAIRED, "more pixel data than rows × columns; the first ones are used"),
+    "turned": (
+        REPAIRED,
+        "its rows or columns ran another way; turned so that the nose is up and the patient's left is right",
+    ),
+    "padding": (REPAIRED, "padding that would be tissue; set to air"),
 }
+
+CHOSEN_AGAINST = ("other_series", "duplicate")
+"""Exclusions by choice, not by defect: they do not count towards `index.max_excluded_fraction`."""
+
+SPACINGS = ("hole", "overlap", "same_position")
+"""What `spacing` says of the distance to the slice below, where it is not as it should be."""
 
 
 def read_manifest(path: Path) -> pd.DataFrame:
@@ -73,7 +97,11 @@ def digest(path: Path) -> str:
 
 
 def account(manifest: pd.DataFrame) -> dict[str, Any]:
-    """Count every file once: found = used + repaired + excluded, the last two by reason, most frequent first."""
+    """Count everything once: found = used + repaired + excluded, the last two by reason, most frequent first.
+
+    Returns:
+        ``files``; ``slices_found``, which is more where files have several frames; each status; ``reasons``.
+    """
     by_status = manifest["status"].value_counts()
     totals = {status: int(by_status.get(status, 0)) for status in (USED, REPAIRED, EXCLUDED)}
     reasons = manifest.loc[manifest["status"] != USED, "reason"].value_counts()
@@ -82,7 +110,40 @@ def account(manifest: pd.DataFrame) -> dict[str, Any]:
         of_status = sum(count for reason, count in named if REASONS[str(reason)][0] == status)
         assert of_status == totals[status], f"{of_status} files have a reason to be {status}, {totals[status]} are"
     assert sum(totals.values()) == len(manifest), f"{totals} does not add up to {len(manifest)} files"
-    return {"files": len(manifest), **totals, "reasons": {str(reason): int(count) for reason, count in named}}
+    return {
+        "files": int((manifest["frame"] <= 0).sum()),
+        "slices_found": len(manifest),
+        **totals,
+        "reasons": {str(reason): int(count) for reason, count in named},
+    }
+
+
+def examples(manifest: pd.DataFrame, *, each: int = 5) -> dict[str, Any]:
+    """What a person would look at first: a few files of each reason, and the studies with most exclusions by defect."""
+    shown = manifest.loc[manifest["status"] != USED, ["reason", "archive", "path"]].groupby("reason").head(each)
+    by_reason: dict[str, list[str]] = {}
+    for reason, archive, path in shown.itertuples(index=False):
+        by_reason.setdefault(reason, []).append(f"{archive}/{path}" if archive else path)
+    defects = manifest[(manifest["status"] == EXCLUDED) & ~manifest["reason"].isin(CHOSEN_AGAINST)]
+    worst = defects.loc[defects["study_uid"] != "", "study_uid"].value_counts().sort_index().nlargest(each)
+    return {"examples": by_reason, "worst_studies": {str(uid): int(count) for uid, count in worst.items()}}
+
+
+def refuse_too_many_exclusions(totals: dict[str, Any], *, most: float) -> None:
+    """Stop where more was excluded by defect than can be an accident.
+
+    Raises:
+        SourceError: more than the share `most`.
+    """
+    defects = {reason: n for reason, n in totals["reasons"].items() if REASONS[reason][0] == EXCLUDED}
+    count = sum(n for reason, n in defects.items() if reason not in CHOSEN_AGAINST)
+    share = count / max(1, totals["slices_found"])
+    if share > most:
+        listed = "; ".join(f"{n:,} × {REASONS[reason][1]}" for reason, n in list(defects.items())[:4])
+        raise SourceError(
+            f"{count:,} of {totals['slices_found']:,} are excluded ({share:.1%}), more than index.max_excluded_fraction = {most:g} "
+            f"allows: {listed}; look with `python -m stages.inspect --excluded`, mend source.dicom or raise the fraction"
+        )
 
 
 def kept(manifest: pd.DataFrame) -> pd.DataFrame:
@@ -92,8 +153,9 @@ def kept(manifest: pd.DataFrame) -> pd.DataFrame:
 
 def describe_account(totals: dict[str, Any]) -> str:
     """The accounting for people: one line of totals, one line a reason."""
+    frames = f", which hold {totals['slices_found']:,}" if totals["slices_found"] != totals["files"] else ""
     lines = [
-        f"{totals['files']:,} files found = {totals[USED]:,} used + {totals[REPAIRED]:,} repaired + "
+        f"{totals['files']:,} files found{frames} = {totals[USED]:,} used + {totals[REPAIRED]:,} repaired + "
         f"{totals[EXCLUDED]:,} excluded"
     ]
     for reason, count in totals["reasons"].items():

@@ -7,84 +7,103 @@ costs no pixels. The published store hard-links the shards.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import pandas as pd
 
-from pipeline import dicom, hounsfield, shard
+from pipeline import decoder, dicom, head, hounsfield, series, shard, source
 from pipeline.cluster import run_tasks
 from pipeline.config import Config, PreprocessConfig, Window
 from pipeline.dicom import PixelFault, read_stored
-from pipeline.errors import SourceError
-from pipeline.files import only_one, remove_folder, replace_folder, require_free_space, write_bytes
-from pipeline.hounsfield import resize_hu, stored_to_hu, window_hu
-from pipeline.index import locate
+from pipeline.errors import IchorError, SourceError
+from pipeline.files import human_bytes, only_one, remove_folder, replace_folder, require_free_space, write_bytes
+from pipeline.head import Box, find_head
+from pipeline.hounsfield import Converter, Pixels, clear_padding, invert, is_garbage, is_inverted, unwrap
 from pipeline.labels import LABELS, UNKNOWN
-from pipeline.manifest import EXCLUDED, account, kept
+from pipeline.manifest import EXCLUDED, REASONS, account, kept, refuse_too_many_exclusions
 from pipeline.progress import Progress
+from pipeline.series import ORIENTATION, TRANSPOSED, turn, turn_cosines
 from pipeline.shard import SLOTS, build_shard, encode_chunk
-from pipeline.store import STUDY_ARRAYS, StoreContent, slice_axis, write_store
+from pipeline.source import Place, Scratch, containers, is_there
+from pipeline.store import STUDY_ARRAYS, StoreContent, send_store, slice_axis, write_store
 
 SLICES_PER_TASK = 256
-"""About half a second of work: long enough to hide Dask's overhead, short enough to lose little."""
+"""About a quarter of a second of work: long enough to hide Dask's overhead, short enough to lose little."""
 
 STORED_FRACTION = 0.35
 """Share of the raw bytes that a shard may need, for the check of free disk; heads measured 0.17 to 0.25."""
 
-PACKAGES = ("numpy", "numcodecs", "opencv-python-headless", "pydicom")
-DECODERS = (
-    "python-gdcm",
-    "pylibjpeg",
-    "pylibjpeg-libjpeg",
-    "pylibjpeg-openjpeg",
-    "pylibjpeg-rle",
-    "pyjpegls",
-    "pillow",
-)
+PACKAGES = ("numpy", "scipy", "numcodecs", "opencv-python-headless", "pydicom")
+DECODERS = ("isal", "python-gdcm", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls")
 """Packages that decide a shard's bytes: another decoder may read what this one could not, or read it otherwise."""
 
-SLICE_COLUMNS = [
-    "source", "path", "size", "mtime_ns", "image_id", "transfer_syntax", "rows", "columns", "bits_stored", "signed",
-    "pixel_offset", "slope", "intercept", "row_spacing_mm", "column_spacing_mm", "reason",
-]  # fmt: skip
+
+class SliceFacts(NamedTuple):
+    """What a worker must know of one slice: columns of the manifest."""
+
+    size: int
+    stamp: int
+    method: int
+    offset: int
+    packed_size: int
+    image_id: str
+    transfer_syntax: str
+    frame: int
+    rows: int
+    columns: int
+    bits_stored: int
+    signed: int
+    pixel_offset: int
+    slope: float
+    intercept: float
+    padding: float
+    photometric: str
+    row_spacing_mm: float
+    column_spacing_mm: float
+    field_mm: float
+    turn: int
+    reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class StudyTask:
+class StudyTask(NamedTuple):
     """What a worker needs to make one study's shards."""
 
     fingerprint: str
     shards: Path
-    paths: list[str]
-    slices: list[dict[str, Any]]
+    containers: list[str]
+    slices: list[SliceFacts]
     image_size: int
+    crop: str
     windows: dict[str, Window]
 
 
-@dataclass(frozen=True, slots=True)
-class StudyResult:
+class StudyResult(NamedTuple):
     """What became of a study; kept beside its shards."""
 
     fingerprint: str
     kept: list[bool]
     faults: dict[str, str]
-    """Image id → reason of slices whose pixels could not be had."""
+    """Image id → reason of slices whose pixels could not be had, or were repaired."""
     lowest_hu: float
+    box: list[float]
+    """Top, left and side of what is shown, in mm from the centre of the slice."""
+    stored_bytes: int
 
 
 def preprocess(
-    config: Config, manifest: pd.DataFrame, *, data: Path, manifest_digest: str
+    config: Config, manifest: pd.DataFrame, *, data: Path, manifest_digest: str, store: str | None = None
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Convert the manifest's slices, and publish `data/store.zarr`.
 
@@ -93,60 +112,88 @@ def preprocess(
         manifest: from `index`.
         data: the folder of the stages' outputs.
         manifest_digest: goes into the store's attributes.
+        store: where to put the store instead: a folder, or a URL such as ``s3://bucket/store.zarr``.
 
     Returns:
         The final accounting, and the files whose status changed when their pixels were read.
 
     Raises:
-        SourceError: the source is gone, or files changed since `index` read them; what is finished is kept.
+        SourceError: the source is gone, files changed since `index` read them, or too many could not be used; what is finished
+            is kept.
     """
     wip = data / "wip" / "shards"
     wip.mkdir(parents=True, exist_ok=True)
     with only_one(data / "wip" / "preprocess.lock", "preprocess"):
         slices = kept(manifest).reset_index(drop=True)
-        tasks = list(_plan(slices, config, wip))
-        waiting = [task for task in tasks if not _is_finished(task)]
-        _check_source_and_space(config, waiting, data)
-        print(f"preprocess: {len(tasks):,} studies, {len(tasks) - len(waiting):,} finished before", flush=True)
-        _make_all(waiting, config.preprocess)
-        results = [_read_result(task) for task in tasks]
-        _refuse_changed(slices, results)
-        final = _apply_faults(manifest, results)
+        plan = _Plan(slices, config, wip)
+        results = {name: result for name in plan.fingerprints if (result := _read_result(wip, name))}
+        waiting = [number for number, name in enumerate(plan.fingerprints) if name not in results]
+        _check_source_and_space(config, plan, waiting, data)
+        print(f"preprocess: {len(plan):,} studies, {len(plan) - len(waiting):,} finished before", flush=True)
+        for result in _make_all(plan, waiting, config.preprocess, wip):
+            results[result.fingerprint] = result
+        in_order = [results[name] for name in plan.fingerprints]
+        _refuse_changed(slices, in_order)
+        final = _apply_faults(manifest, in_order)
         totals = account(final)
-        _publish(
-            config.preprocess,
-            slices,
-            tasks,
-            results,
-            data=data,
-            attributes={"manifest_sha256": manifest_digest, "accounting": totals},
-        )
-    changed = final[(final["status"] != manifest["status"])]
-    return totals, changed[["source", "path", "image_id", "study_uid", "status", "reason"]]
+        refuse_too_many_exclusions(totals, most=config.index.max_excluded_fraction)
+        attributes = {"manifest_sha256": manifest_digest, "accounting": totals}
+        _publish(config.preprocess, slices, in_order, data=data, attributes=attributes, store=store)
+    changed = final[(final["reason"] != manifest["reason"])]
+    return totals, changed[["source", "archive", "path", "image_id", "study_uid", "status", "reason"]]
 
 
-def _plan(slices: pd.DataFrame, config: Config, wip: Path) -> Iterator[StudyTask]:
-    shape = json.dumps(
-        [
-            _code_digest(),
-            config.preprocess.image_size,
-            [(name, w.centre, w.width) for name, w in config.preprocess.windows.items()],
+class _Plan:
+    """The studies to make: fingerprints now, and a task when a worker is free, so that memory stays small."""
+
+    def __init__(self, slices: pd.DataFrame, config: Config, wip: Path) -> None:
+        self.config, self.wip = config.preprocess, wip.absolute()
+        self.bounds = _study_bounds(slices)
+        self._containers = containers(config.source.entries, slices)
+        self._columns = [
+            slices[name].to_numpy(object if slices[name].dtype == "str" else None) for name in SliceFacts._fields
         ]
-    )
-    sources = [source.absolute() for source in config.source.dicom_paths]
-    records = slices[SLICE_COLUMNS].to_dict("records")
-    for start, stop in _study_bounds(slices):
-        rows = [{str(key): value for key, value in record.items()} for record in records[start:stop]]
-        paths = [str(locate(sources, row.pop("source"), row.pop("path"))) for row in rows]
-        fingerprint = hashlib.sha256((shape + json.dumps(rows)).encode()).hexdigest()[:32]
-        yield StudyTask(
-            fingerprint, wip.absolute(), paths, rows, config.preprocess.image_size, config.preprocess.windows
+        shape = json.dumps(
+            [
+                _code_digest(),
+                self.config.image_size,
+                self.config.crop,
+                [(name, w.centre, w.width) for name, w in self.config.windows.items()],
+            ]
+        ).encode()
+        self.fingerprints = [
+            hashlib.sha256(shape + json.dumps(self._facts(start, stop)).encode()).hexdigest()[:32]
+            for start, stop in self.bounds
+        ]
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def count_slices(self, number: int) -> int:
+        start, stop = self.bounds[number]
+        return stop - start
+
+    def _facts(self, start: int, stop: int) -> list[tuple[Any, ...]]:
+        return list(zip(*(column[start:stop].tolist() for column in self._columns), strict=True))
+
+    def task(self, number: int) -> StudyTask:
+        start, stop = self.bounds[number]
+        facts = [SliceFacts._make(row) for row in self._facts(start, stop)]
+        config = self.config
+        return StudyTask(
+            self.fingerprints[number],
+            self.wip,
+            self._containers[start:stop],
+            facts,
+            config.image_size,
+            config.crop,
+            config.windows,
         )
 
 
 def _study_bounds(slices: pd.DataFrame) -> list[tuple[int, int]]:
     """First and last row of each study: the manifest keeps a study's slices together."""
-    uids = slices["study_uid"].to_numpy()
+    uids = slices["study_uid"].to_numpy(object)
     starts = np.flatnonzero(np.r_[True, uids[1:] != uids[:-1]])
     return list(zip(starts.tolist(), [*starts[1:].tolist(), len(uids)], strict=True))
 
@@ -154,7 +201,7 @@ def _study_bounds(slices: pd.DataFrame) -> list[tuple[int, int]]:
 def _code_digest() -> str:
     """Names the code and the libraries that decide a shard's bytes."""
     digest = hashlib.sha256()
-    for module in (dicom, hounsfield, shard):
+    for module in (decoder, dicom, head, hounsfield, series, shard, source):
         digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
     for package in (*PACKAGES, *DECODERS):
@@ -163,67 +210,77 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-def _result_path(task: StudyTask) -> Path:
-    return task.shards / f"{task.fingerprint}.json"
-
-
 def shard_path(folder: Path, fingerprint: str, part: int) -> Path:
     """Where unfinished work keeps a finished shard."""
     return folder / f"{fingerprint}.{part}.shard"
 
 
-def _is_finished(task: StudyTask) -> bool:
-    """The result is written last, so that its presence vouches for the shards; one with a changed file is tried again."""
+def _parts(slices_kept: int) -> int:
+    return -(-slices_kept // SLOTS)
+
+
+def _read_result(wip: Path, fingerprint: str) -> StudyResult | None:
+    """The result of a finished study. It is written last, and tells the size of the shards, so that its presence vouches for
+    them; a study with a changed file is tried again."""
     try:
-        result = _read_result(task)
+        result = StudyResult(fingerprint, **json.loads((wip / f"{fingerprint}.json").read_bytes()))
+        shards = [shard_path(wip, fingerprint, part) for part in range(_parts(sum(result.kept)))]
+        is_whole = sum(path.stat().st_size for path in shards) == result.stored_bytes
     except (OSError, ValueError, TypeError):  # not there, or damaged
-        return False
-    parts = -(-sum(result.kept) // SLOTS)
-    return "changed" not in result.faults.values() and all(
-        shard_path(task.shards, task.fingerprint, part).is_file() for part in range(parts)
-    )
+        return None
+    return result if is_whole and "changed" not in result.faults.values() else None
 
 
-def _read_result(task: StudyTask) -> StudyResult:
-    return StudyResult(task.fingerprint, **json.loads(_result_path(task).read_bytes()))
-
-
-def _check_source_and_space(config: Config, waiting: Sequence[StudyTask], data: Path) -> None:
+def _check_source_and_space(config: Config, plan: _Plan, waiting: Sequence[int], data: Path) -> None:
     if not waiting:
         return
-    for source in config.source.dicom_paths:
-        if not source.exists():
+    for entry in config.source.entries:
+        if not is_there(entry):
             raise SourceError(
-                f"source.dicom: {source} was there when index ran and is gone; bring it back, or run index again"
+                f"source.dicom: {entry} was there when index ran and is gone; bring it back, or run index again"
             )
-    raw_bytes = (
-        sum(len(task.paths) for task in waiting) * config.preprocess.image_size**2 * len(config.preprocess.windows)
-    )
+    slices = sum(map(plan.count_slices, waiting))
+    raw_bytes = slices * config.preprocess.image_size**2 * len(config.preprocess.windows)
     require_free_space(data, int(raw_bytes * STORED_FRACTION) + 50_000_000, f"preprocessing {len(waiting):,} studies")
 
 
-def _make_all(waiting: Sequence[StudyTask], config: PreprocessConfig) -> None:
-    total = sum(len(task.paths) for task in waiting)
+def _make_all(plan: _Plan, waiting: Sequence[int], config: PreprocessConfig, wip: Path) -> Iterator[StudyResult]:
+    total = sum(map(plan.count_slices, waiting))
     if not total:
         return
-    faults = studies = 0
+    faults = studies = done = stored_bytes = 0
     with Progress(total, what="preprocess", unit="slices") as progress:
         workers = 0 if total <= SLICES_PER_TASK else config.workers  # not worth starting processes for
-        for results in run_tasks(make_shards, _batches(waiting), workers=workers, scheduler=config.scheduler):
-            studies += len(results)
-            faults += sum(len(result.faults) for result in results)
-            progress.advance(
-                sum(len(result.kept) for result in results), f"{studies:,} studies, {faults:,} slices excluded"
-            )
+        try:
+            for results in run_tasks(make_shards, _batches(plan, waiting), workers=workers, scheduler=config.scheduler):
+                studies += len(results)
+                faults += sum(REASONS[code][0] == EXCLUDED for result in results for code in result.faults.values())
+                stored_bytes += sum(result.stored_bytes for result in results)
+                slices = sum(len(result.kept) for result in results)
+                done += slices
+                progress.advance(slices, f"{studies:,} studies, {faults:,} slices excluded")
+                yield from results
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raw_bytes = (total - done) * config.image_size**2 * len(config.windows)
+            needed = int(stored_bytes / done * (total - done)) if done else int(raw_bytes * STORED_FRACTION)
+            raise IchorError(
+                f"{wip}: the disk is full; about {human_bytes(needed)} more are needed for {total - done:,} slices, "
+                f"{human_bytes(shutil.disk_usage(wip).free)} are free; free some space and run the same command again: "
+                f"what is finished is kept"
+            ) from None
 
 
-def _batches(tasks: Sequence[StudyTask]) -> Iterator[list[StudyTask]]:
+def _batches(plan: _Plan, waiting: Sequence[int]) -> Iterator[list[StudyTask]]:
     batch: list[StudyTask] = []
-    for task in tasks:
-        batch.append(task)
-        if sum(len(task.paths) for task in batch) >= SLICES_PER_TASK:
+    slices = 0
+    for number in waiting:
+        batch.append(plan.task(number))
+        slices += len(batch[-1].slices)
+        if slices >= SLICES_PER_TASK:
             yield batch
-            batch = []
+            batch, slices = [], 0
     if batch:
         yield batch
 
@@ -235,62 +292,128 @@ def make_shards(batch: Sequence[StudyTask]) -> list[StudyResult]:
 
 
 def _make_study(task: StudyTask) -> StudyResult:
+    reader = _open_reader(task.image_size, tuple(task.windows.items()))
     chunks: list[bytes] = []
     is_kept: list[bool] = []
     faults: dict[str, str] = {}
     lowest_hu = np.inf
-    for path, facts in zip(task.paths, task.slices, strict=True):
+    box = _find_box(task, reader)
+    for container, facts in zip(task.containers, task.slices, strict=True):
         try:
-            pixels, lowest = convert_slice(Path(path), facts, image_size=task.image_size, windows=task.windows)
+            pixels, lowest, repair = reader.read(container, facts, box)
         except PixelFault as fault:
-            faults[facts["image_id"]] = fault.code
+            faults[facts.image_id] = fault.code
+            is_kept.append(False)
         else:
             chunks.append(encode_chunk(pixels))
             lowest_hu = min(lowest_hu, lowest)
-        is_kept.append(facts["image_id"] not in faults)
+            is_kept.append(True)
+            if repair:
+                faults[facts.image_id] = repair
+    stored_bytes = 0
     for part, start in enumerate(range(0, len(chunks), SLOTS)):
-        write_bytes(shard_path(task.shards, task.fingerprint, part), build_shard(chunks[start : start + SLOTS]))
-    result = StudyResult(task.fingerprint, is_kept, faults, float(lowest_hu) if chunks else 0.0)
-    record = {"kept": is_kept, "faults": faults, "lowest_hu": result.lowest_hu}
-    write_bytes(_result_path(task), json.dumps(record).encode())
+        content = build_shard(chunks[start : start + SLOTS])
+        write_bytes(shard_path(task.shards, task.fingerprint, part), content)
+        stored_bytes += len(content)
+    place = [box.top_mm, box.left_mm, box.side_mm]
+    result = StudyResult(task.fingerprint, is_kept, faults, float(lowest_hu) if chunks else 0.0, place, stored_bytes)
+    record = {name: value for name, value in result._asdict().items() if name != "fingerprint"}
+    # Not synced: if a power cut takes it, the study is made again.
+    write_bytes(task.shards / f"{task.fingerprint}.json", json.dumps(record).encode(), synced=False)
     return result
 
 
-def convert_slice(
-    path: Path, facts: dict[str, Any], *, image_size: int, windows: dict[str, Window]
-) -> tuple[hounsfield.Pixels, float]:
-    """Convert one DICOM slice to windowed pixels: read, rescale and repair, resample, window.
+@lru_cache(maxsize=1)
+def _open_reader(image_size: int, windows: tuple[tuple[str, Window], ...]) -> SliceReader:
+    """The one reader of a worker: its memory serves slice after slice."""
+    return SliceReader(image_size=image_size, windows=dict(windows))
+
+
+def _find_box(task: StudyTask, reader: SliceReader) -> Box:
+    """What of the study's slices is shown: all of the field of view, or the head in it."""
+    side_mm = task.slices[0].field_mm
+    whole = Box(-side_mm / 2, -side_mm / 2, side_mm)
+    if task.crop == "none":
+        return whole
+    coarse = []
+    for container, facts in zip(task.containers, task.slices, strict=True):
+        with suppress(PixelFault):  # it is named when it is read in earnest
+            coarse.append(reader.read_coarse(container, facts, whole))
+    return (find_head(np.stack(coarse), side_mm=side_mm) if coarse else None) or whole
+
+
+class SliceReader:
+    """Reads slices and converts them: stored values, repairs, resampling, windows.
 
     Args:
-        path: the file.
-        facts: the manifest's values of `SLICE_COLUMNS`.
         image_size: rows and columns of the result.
         windows: by name.
-
-    Returns:
-        uint8 [row, column, window], and the lowest HU of the slice before padding is raised to air.
-
-    Raises:
-        PixelFault: the pixels cannot be had.
     """
-    stored = read_stored(
-        path,
-        size=facts["size"],
-        mtime_ns=facts["mtime_ns"],
-        transfer_syntax=facts["transfer_syntax"],
-        rows=facts["rows"],
-        columns=facts["columns"],
-        bits_stored=facts["bits_stored"],
-        signed=facts["signed"] == 1,
-        pixel_offset=facts["pixel_offset"],
-    )
-    wrapped = facts["reason"] == "wrap_12bit"
-    pixels_hu = stored_to_hu(stored, slope=facts["slope"], intercept=facts["intercept"], wrapped=wrapped)
-    lowest_hu = float(stored.min()) * facts["slope"] + facts["intercept"] if not wrapped else float(pixels_hu.min())
-    pixels_hu = resize_hu(
-        pixels_hu, size=image_size, row_spacing_mm=facts["row_spacing_mm"], column_spacing_mm=facts["column_spacing_mm"]
-    )
-    return window_hu(pixels_hu, windows), lowest_hu
+
+    def __init__(self, *, image_size: int, windows: dict[str, Window]) -> None:
+        self.converter = Converter(image_size=image_size, windows=windows)
+        self.scratch = Scratch()
+
+    def read(self, container: str, facts: SliceFacts, box: Box) -> tuple[Pixels, float, str]:
+        """Read one slice.
+
+        Args:
+            container: the file, URL or zip that holds it.
+            facts: the manifest's values.
+            box: what to show of it.
+
+        Returns:
+            uint8 [row, column, window], good until the next call; the lowest HU before padding is raised to air; and the repair
+            that its pixels needed, or an empty text.
+
+        Raises:
+            PixelFault: the pixels cannot be had, or are no CT's.
+        """
+        stored, intercept, repair = self._read_stored(container, facts)
+        # of both ends, as a slope may be negative
+        lowest_hu = min(float(stored.min()) * facts.slope, float(stored.max()) * facts.slope) + intercept
+        pixels = self.converter.window(
+            turn(stored, facts.turn), slope=facts.slope, intercept=intercept, spacing_mm=_spacing(facts), box=box
+        )
+        return pixels, lowest_hu, repair if not facts.reason else ""
+
+    def read_coarse(self, container: str, facts: SliceFacts, box: Box) -> hounsfield.PixelsHU:
+        """Read one slice in the size in which the head is looked for: float32 [row, column] in HU."""
+        stored, intercept, _ = self._read_stored(container, facts)
+        return self.converter.coarse_hu(
+            turn(stored, facts.turn), slope=facts.slope, intercept=intercept, spacing_mm=_spacing(facts), box=box
+        )
+
+    def _read_stored(self, container: str, facts: SliceFacts) -> tuple[hounsfield.Stored, float, str]:
+        """Stored values, repaired; the intercept that goes with them; and the repair."""
+        stored = read_stored(
+            Place(container, facts.size, facts.stamp, facts.method, facts.offset, facts.packed_size),
+            scratch=self.scratch,
+            transfer_syntax=facts.transfer_syntax,
+            frame=facts.frame,
+            rows=facts.rows,
+            columns=facts.columns,
+            bits_stored=facts.bits_stored,
+            signed=facts.signed == 1,
+            pixel_offset=facts.pixel_offset,
+        )
+        intercept, repair = facts.intercept, ""
+        if facts.reason == "wrap_12bit":
+            stored, intercept = unwrap(stored), -float(hounsfield.WRAP_OFFSET)
+        rescale = {"slope": facts.slope, "intercept": intercept}
+        if facts.photometric == "MONOCHROME1" and is_inverted(stored, **rescale):
+            stored, repair = invert(stored, bits_stored=facts.bits_stored), "inverted"
+        if is_garbage(stored, **rescale):
+            raise PixelFault("garbage")
+        if clear_padding(stored, padding=facts.padding, **rescale) and not repair:
+            repair = "padding"
+        return stored, intercept, repair
+
+
+def _spacing(facts: SliceFacts) -> tuple[float, float]:
+    """Between rows, and between columns, after the turn."""
+    spacing_mm = (facts.row_spacing_mm, facts.column_spacing_mm)
+    return spacing_mm[::-1] if facts.turn & TRANSPOSED else spacing_mm
 
 
 def _refuse_changed(slices: pd.DataFrame, results: Sequence[StudyResult]) -> None:
@@ -304,36 +427,37 @@ def _refuse_changed(slices: pd.DataFrame, results: Sequence[StudyResult]) -> Non
 
 
 def _apply_faults(manifest: pd.DataFrame, results: Sequence[StudyResult]) -> pd.DataFrame:
-    """The manifest with what reading the pixels added."""
+    """The manifest with what reading the pixels added: exclusions, and repairs."""
     faults = {image_id: code for result in results for image_id, code in result.faults.items()}
     final = manifest.copy()
+    if not faults:
+        return final
     hit = (final["status"] != EXCLUDED) & final["image_id"].isin(faults)
     final.loc[hit, "reason"] = final.loc[hit, "image_id"].map(faults)
-    final.loc[hit, "status"] = EXCLUDED
+    final.loc[hit, "status"] = final.loc[hit, "reason"].map(lambda code: REASONS[code][0])
     return final
 
 
 def _publish(
     config: PreprocessConfig,
     slices: pd.DataFrame,
-    tasks: Sequence[StudyTask],
     results: Sequence[StudyResult],
     *,
     data: Path,
     attributes: dict[str, Any],
+    store: str | None,
 ) -> None:
-    """Gather the shards into a store under a temporary name, and rename it."""
+    """Gather the shards into a store under a temporary name, and rename it, or send it where it is wanted."""
     is_kept = np.concatenate([result.kept for result in results])
     slices = slices[is_kept].reset_index(drop=True)
     if slices.empty:
         raise SourceError("no slice's pixels could be read; see the reasons above")
     alive = [result for result in results if any(result.kept)]
     content = _gather(slices, alive)
-    wip = tasks[0].shards
     shards = {
-        (study, part): shard_path(wip, result.fingerprint, part)
+        (study, part): shard_path(data / "wip" / "shards", result.fingerprint, part)
         for study, result in enumerate(alive)
-        for part in range(-(-sum(result.kept) // SLOTS))
+        for part in range(_parts(sum(result.kept)))
     }
     temporary = data / "wip" / f"store-{os.getpid()}.zarr"
     remove_folder(temporary)
@@ -341,7 +465,10 @@ def _publish(
         write_store(
             temporary, content, shards, image_size=config.image_size, windows=config.windows, attributes=attributes
         )
-        replace_folder(temporary, data / "store.zarr")
+        if store is not None and source.URL.match(store):
+            send_store(temporary, store)
+        else:
+            replace_folder(temporary, Path(store) if store else data / "store.zarr")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -360,18 +487,16 @@ def _gather(slices: pd.DataFrame, results: Sequence[StudyResult]) -> StoreConten
     labels = np.full((*shape, len(LABELS)), UNKNOWN, np.int8)
     labels[at] = slices[list(LABELS)].to_numpy(np.int8)
     first = slices.iloc[starts]
-    gaps = (
-        slices["position_mm"]
-        .groupby(np.repeat(np.arange(len(bounds)), counts))
-        .apply(lambda mm: float(np.median(np.diff(mm))) if len(mm) > 1 else np.nan)
-    )
-    cosines = ["row_x", "row_y", "row_z", "column_x", "column_y", "column_z"]
+    # less than it looks: a study's lowest slice has no gap below
+    gaps_mm = slices["gap_mm"].groupby(at[0]).median().reindex(range(len(bounds))).to_numpy()
+    turns = first["turn"].to_numpy()
     derived: dict[str, Any] = {
         "num_slices": counts,
         "fingerprint": np.array([result.fingerprint for result in results], object),
-        "slice_spacing_mm": gaps.to_numpy(),
+        "slice_spacing_mm": gaps_mm,
         "lowest_hu": np.array([result.lowest_hu for result in results]),
-        "orientation": first[cosines].to_numpy(),
+        "orientation": turn_cosines(first[ORIENTATION].to_numpy(float), turns),
+        "box_mm": np.array([result.box for result in results]),
     }
     per_study = {name: derived[name] if name in derived else first[name].to_numpy(object) for name in STUDY_ARRAYS}
     return StoreContent(first["study_uid"].to_numpy(object), per_study, image_id, position_mm, labels)

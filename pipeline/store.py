@@ -26,10 +26,11 @@ from pipeline.config import Window
 from pipeline.errors import StoreError
 from pipeline.files import sync
 from pipeline.labels import LABELS, UNKNOWN
+from pipeline.progress import Progress
 from pipeline.reader import SliceReader, shard_name
 from pipeline.shard import COMPRESSOR, LEVEL, SLOTS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise it when a store of the old form would be misread."""
 
 PACKAGES = ("zarr", "numcodecs", "numpy", "pydicom", "opencv-python-headless")
@@ -50,8 +51,12 @@ STUDY_ARRAYS: dict[str, tuple[str, str]] = {
     "intercept": ("float32", "rescale intercept in HU"),
     "lowest_hu": ("float32", "lowest HU before padding is raised to air: below −1100 the study is padded"),
     "orientation": ("float32", "direction cosines of rows and columns"),
+    "box_mm": ("float32", "what is shown of a slice: top, left and side of a square, in mm from the slice's centre"),
 }
-"""Arrays with one value a study (orientation: six): type, and what it is."""
+"""Arrays with one value a study (orientation six, box_mm three): type, and what it is."""
+
+WIDE = {"orientation": "cosine", "box_mm": "edge"}
+"""The second dimension of those that have one."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ def _write_small_arrays(group: zarr.Group, content: StoreContent, windows: list[
     _write(group, "window", np.array(windows, object), ("window",), "window name")
     _write(group, "label", np.array(LABELS, object), ("label",), "label name")
     for name, (_, meaning) in STUDY_ARRAYS.items():
-        dimensions = ("study", "cosine") if name == "orientation" else ("study",)
+        dimensions = ("study", WIDE[name]) if name in WIDE else ("study",)
         _write(group, name, content.per_study[name].astype(_dtype(name)), dimensions, meaning)
     _write(group, "image_id", content.image_id, slices, "identifier of each slice")
     _write(group, "position_mm", content.position_mm, slices, "position along the slice normal", fill=np.nan)
@@ -196,6 +201,34 @@ def _link(source: Path, target: Path) -> None:
     except OSError:  # another file system, or one without hard links
         target.write_bytes(source.read_bytes())
         sync(target)
+
+
+def send_store(folder: Path, url: str) -> None:
+    """Copy a whole store to a URL such as ``s3://bucket/store.zarr``, its root metadata last: until then it cannot be opened.
+
+    Raises:
+        StoreError: it cannot be written there.
+    """
+    import fsspec  # only here: its S3 part takes a second to import
+
+    root = "zarr.json"
+    paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    try:
+        system, target = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        if system.exists(f"{target}/{root}"):
+            system.rm_file(f"{target}/{root}")
+        there = {name.removeprefix(f"{target}/") for name in system.find(target)}
+        with Progress(len(paths), what="sending", unit="files") as progress:
+            for path in [*(path for path in paths if path != root), root]:
+                system.put_file(str(folder / path), f"{target}/{path}")
+                progress.advance()
+        if stale := there - set(paths):
+            system.rm([f"{target}/{path}" for path in sorted(stale)])
+    except Exception as error:  # each storage has its own family of errors
+        raise StoreError(
+            f"--store {url}: cannot be written ({type(error).__name__}: {' '.join(str(error).split())[:200]}); check the name, "
+            f"the credentials and the endpoint (AWS_ENDPOINT_URL)"
+        ) from None
 
 
 class Store:

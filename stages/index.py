@@ -8,7 +8,7 @@ import argparse
 from pipeline.config import load_config
 from pipeline.files import write_json, write_parquet
 from pipeline.index import build_manifest, read_known_headers
-from pipeline.manifest import account, describe_account, write_manifest
+from pipeline.manifest import account, describe_account, examples, refuse_too_many_exclusions, write_manifest
 from stages.common import door
 
 
@@ -18,16 +18,21 @@ def main(arguments: argparse.Namespace) -> None:
     headers_path = folder / "headers.parquet"
     known = read_known_headers(headers_path)
     manifest, headers, found = build_manifest(config, known)
-    write_parquet(headers_path, headers)
+    if headers is not known:
+        write_parquet(headers_path, headers)
     write_manifest(folder / "manifest.parquet", manifest)
     totals = account(manifest)
-    write_json(folder / "summary.json", {**totals, **found})
+    write_json(folder / "summary.json", {**totals, **found, **examples(manifest)})
     print(describe_account(totals))
     print(
         f"{found['studies']:,} studies of {found['patients']:,} patients, {found['slices']:,} slices: "
         f"{found['slices_with_labels']:,} with labels, {found['slices_without_labels']:,} without; "
         f"labels for {found['labelled_images_excluded']:,} excluded and {found['labelled_images_not_found']:,} absent images"
     )
+    for name, counts in found["spacing"].items():
+        if counts["slices"]:
+            print(f"  {name.replace('_', ' '):14s}{counts['slices']:9,} slices in {counts['studies']:,} studies")
+    refuse_too_many_exclusions(totals, most=config.index.max_excluded_fraction)
 
 
 if __name__ == "__main__":

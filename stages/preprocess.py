@@ -1,7 +1,7 @@
 """Convert the slices of the manifest into the store: HU, repairs, resampling, windows; one study is one shard.
 
 Reads <data>/index/manifest.parquet; writes <data>/store.zarr and <data>/preprocess/faults.parquet (slices whose pixels could
-not be read). Finished shards are kept in <data>/wip, so that a stopped run goes on where it was.
+not be read, or needed a repair). Finished shards are kept in <data>/wip, so that a stopped run goes on where it was.
 """
 
 import argparse
@@ -13,15 +13,26 @@ from pipeline.preprocess import preprocess
 from stages.common import door
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store",
+        metavar="FOLDER|URL",
+        help="put the store there instead of <data>/store.zarr: a folder, or S3-compatible storage such as s3://bucket/store.zarr "
+        "(credentials and AWS_ENDPOINT_URL from the environment); DVC does not track it",
+    )
+
+
 def main(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.params)
     path = arguments.data / "index" / "manifest.parquet"
     manifest = read_manifest(path)
-    totals, faults = preprocess(config, manifest, data=arguments.data, manifest_digest=digest(path))
+    totals, faults = preprocess(
+        config, manifest, data=arguments.data, manifest_digest=digest(path), store=arguments.store
+    )
     write_parquet(arguments.data / "preprocess" / "faults.parquet", faults)
     print(describe_account(totals))
-    print(f"store: {arguments.data / 'store.zarr'}")
+    print(f"store: {arguments.store or arguments.data / 'store.zarr'}")
 
 
 if __name__ == "__main__":
-    door(main, __doc__)
+    door(main, __doc__, add_arguments)

@@ -108,6 +108,7 @@ class Cohort:
         values = yaml.safe_load((ROOT / "params.yaml").read_text())
         values["source"] = {"dicom": str(self.dicom), "labels": str(self.write_labels()) if self.labels else None}
         values["preprocess"] |= {"image_size": 32, "workers": 0}
+        values["index"]["max_excluded_fraction"] = 1.0
         for key, value in changes.items():
             *sections, last = key.split("__")
             place = values

@@ -30,6 +30,7 @@ def last_line(*arguments: str) -> dict[str, object]:
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py")))
 def test_benchmark_ends_in_figures(cohort: Cohort, name: str) -> None:
     arguments = {
+        "bench_scale.py": ["--studies", "10", "--label-images", "1000"],
         "bench_preprocess.py": ["--size", "64", "--image-size", "32", "--rounds", "1"],
         "bench_reader.py": ["--data", str(cohort.data), "--slices", "4", "--rounds", "1"],
     }[name]

@@ -1,29 +1,135 @@
-"""The same tasks give the same results in this process, on local processes and on a scheduler; what is missing is said."""
+"""The same tasks give the same results in this process, on local processes and on a scheduler; what dies or is missing is said.
+
+Schedulers and workers are real processes on loopback, and what kills them is SIGKILL.
+"""
 
 from __future__ import annotations
 
 import io
+import json
+import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
-from distributed import LocalCluster
 
 import pipeline.cluster
 from pipeline.cluster import AHEAD, count_workers, run_tasks
 from pipeline.errors import IchorError
 from pipeline.progress import Progress
 
+ROOT = Path(__file__).parents[1]
+
 
 def square(number: int) -> int:
     return number * number
+
+
+def square_slowly(number: int) -> tuple[int, int]:
+    time.sleep(0.1)
+    return square(number), os.getpid()
 
 
 def fail(number: int) -> int:
     raise ValueError(f"task {number} failed")
 
 
+def need_too_much(number: int) -> int:
+    raise MemoryError(f"Unable to allocate {number} TiB")
+
+
+def kill_the_worker_at_5(number: int) -> int:
+    if number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return square_slowly(number)[0]
+
+
+def kill_the_worker_once(task: tuple[int, Path]) -> tuple[int, int]:
+    number, mark = task
+    if number == 5 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return square_slowly(number)
+
+
+def environment_and_memory_limit(_: int) -> tuple[str, int]:
+    from distributed import get_worker
+
+    return Path("/proc/self/environ").read_text(), get_worker().memory_manager.memory_limit
+
+
+def hear_ctrl_c() -> None:
+    """As at a terminal: what a shell runs in the background ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 EXPECTED = sorted(square(number) for number in range(40))
+
+
+class Machines:
+    """Processes that are killed in the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, module: str, *arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", f"distributed.cli.{module}", *arguments]
+        with open(self.folder / f"{module}.log", "ab") as log:
+            # the functions above are found there, whatever the folder
+            environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+            self.processes.append(subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log, env=environment))
+        return self.processes[-1]
+
+    def scheduler(self) -> tuple[str, subprocess.Popen[bytes]]:
+        """Started where our code is not: a scheduler needs none of it."""
+        where = self.folder / f"scheduler-{len(self.processes)}.json"
+        listen = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0", "--no-show"]
+        process = self.start("dask_scheduler", *listen, "--scheduler-file", str(where), cwd=self.folder)
+        while process.poll() is None:
+            try:
+                return json.loads(where.read_text())["address"], process
+            except (OSError, ValueError):
+                time.sleep(0.02)
+        raise AssertionError((self.folder / "dask_scheduler.log").read_text())
+
+    def worker(self, scheduler: str, *, cwd: Path = ROOT, port: int = 0) -> subprocess.Popen[bytes]:
+        options = ["--host", "127.0.0.1", "--worker-port", str(port), "--nthreads", "1", "--no-dashboard", "--no-nanny"]
+        return self.start("dask_worker", scheduler, *options, "--local-directory", str(self.folder), cwd=cwd)
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.processes.clear()
+
+
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a scheduler, to which each test brings its own workers."""
+    machines = Machines(tmp_path_factory.mktemp("scheduler"))
+    yield machines.scheduler()[0]
+    machines.stop()
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[Machines]:
+    machines = Machines(tmp_path)
+    yield machines
+    machines.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return int(unused.getsockname()[1])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -31,19 +137,16 @@ def test_every_task_is_done_once_whatever_the_workers(workers: int) -> None:
     assert sorted(run_tasks(square, range(40), workers=workers, scheduler=None)) == EXPECTED
 
 
-@pytest.fixture
-def scheduler() -> Iterator[LocalCluster]:
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
-        yield cluster
+def test_running_scheduler_is_used_by_its_address(scheduler: str, machines: Machines) -> None:
+    machines.worker(scheduler)
+    assert sorted(run_tasks(square, range(40), workers=0, scheduler=scheduler)) == EXPECTED
+    with pytest.raises(ValueError, match="task 7 failed"):
+        list(run_tasks(fail, [7], workers=0, scheduler=scheduler))
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_running_scheduler_is_used_by_its_address(scheduler: LocalCluster) -> None:
-    assert sorted(run_tasks(square, range(40), workers=0, scheduler=scheduler.scheduler_address)) == EXPECTED
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_tasks_are_drawn_a_few_ahead_of_the_work(scheduler: LocalCluster) -> None:
+def test_tasks_are_drawn_a_few_ahead_of_the_work_and_more_when_a_worker_joins(
+    scheduler: str, machines: Machines
+) -> None:
     drawn: list[int] = []
 
     def draw() -> Iterator[int]:
@@ -51,36 +154,168 @@ def test_tasks_are_drawn_a_few_ahead_of_the_work(scheduler: LocalCluster) -> Non
             drawn.append(number)
             yield number
 
-    results = run_tasks(square, draw(), workers=0, scheduler=scheduler.scheduler_address)
-    for done, _ in enumerate(results, start=1):
-        assert len(drawn) <= done + 2 * AHEAD, "memory would grow with the number of tasks"
-        if done == 100:
+    machines.worker(scheduler)
+    ahead, pids = [], set()
+    for done, (_, pid) in enumerate(run_tasks(square_slowly, draw(), workers=0, scheduler=scheduler)):
+        pids.add(pid)
+        ahead.append(len(drawn) - done)
+        if done == 10:
+            machines.worker(scheduler)
+        if ahead[-1] == 2 * AHEAD and len(pids) == 2:
             break
+        assert done < 500, "the second worker gets no work"
+    assert set(ahead[:10]) == {AHEAD}
+    assert max(ahead) == 2 * AHEAD
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_failed_task_is_raised_here(scheduler: LocalCluster) -> None:
-    with pytest.raises(ValueError, match="task 0 failed"):
-        list(run_tasks(fail, range(1), workers=0, scheduler=scheduler.scheduler_address))
+def test_killed_worker_loses_no_task(scheduler: str, machines: Machines) -> None:
+    killed, _ = machines.worker(scheduler), machines.worker(scheduler)
+    results = []
+    for result, pid in run_tasks(square_slowly, range(40), workers=0, scheduler=scheduler):
+        results.append(result)
+        if pid == killed.pid:
+            killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert sorted(results) == EXPECTED
+
+
+def test_killed_local_worker_is_started_again(tmp_path: Path) -> None:
+    tasks = [(number, tmp_path / "killed") for number in range(40)]
+    results = list(run_tasks(kill_the_worker_once, tasks, workers=1, scheduler=None))
+    assert sorted(result for result, _ in results) == EXPECTED
+    assert len({pid for _, pid in results}) == 2
+
+
+def test_task_that_kills_every_worker_is_named() -> None:
+    tasks = run_tasks(
+        kill_the_worker_at_5, range(40), workers=2, scheduler=None, describe=lambda number: f"study {number}"
+    )
+    with pytest.raises(
+        IchorError, match=r"study 5 ended 4 workers, .* ran out of memory; finished work is kept; give each"
+    ):
+        list(tasks)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_task_that_needs_too_much_memory_is_named(scheduler: str, machines: Machines, remote: bool) -> None:
+    if remote:
+        machines.worker(scheduler)
+    address = scheduler if remote else None
+    tasks = run_tasks(need_too_much, [9], workers=0, scheduler=address, describe=lambda number: f"study {number}")
+    with pytest.raises(IchorError, match=r"study 9: out of memory \(Unable to allocate 9 TiB\); finished work is kept"):
+        list(tasks)
+
+
+def test_late_worker_with_other_code_refuses_and_is_named(scheduler: str, machines: Machines, tmp_path: Path) -> None:
+    other, port = tmp_path / "other", free_port()
+    shutil.copytree(ROOT / "pipeline", other / "pipeline")
+    with open(other / "pipeline" / "hounsfield.py", "a") as module:
+        module.write("# changed\n")
+    (other / "numcodecs-0.0.1.dist-info").mkdir()
+    (other / "numcodecs-0.0.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: numcodecs\nVersion: 0.0.1\n"
+    )
+    machines.worker(scheduler)
+    results = run_tasks(square_slowly, range(1000), workers=0, scheduler=scheduler)
+    next(results)
+    machines.worker(scheduler, cwd=other, port=port)
+    differing = rf"\(pipeline: \w{{12}} here, \w{{12}} there; numcodecs: {version('numcodecs')} here, 0.0.1 there\)"
+    with pytest.raises(
+        IchorError, match=rf"the worker at tcp://127.0.0.1:{port} has other code .*{differing}; give the"
+    ):
+        list(results)
+
+
+def test_worker_without_the_code_is_named(scheduler: str, machines: Machines, tmp_path: Path) -> None:
+    port = free_port()
+    machines.worker(scheduler, cwd=tmp_path, port=port)
+    with pytest.raises(IchorError, match=rf"127.0.0.1:{port} has other code .*No module named 'pipeline' there"):
+        list(run_tasks(square, range(3), workers=0, scheduler=scheduler))
+
+
+def test_missing_workers_are_waited_for_and_it_is_said(
+    scheduler: str, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reader(io.StringIO):
+        """The person who reads that a worker is missing, and starts one."""
+
+        def write(self, text: str) -> int:
+            if "has no worker" in text:
+                machines.worker(scheduler)
+            return super().write(text)
+
+    monkeypatch.setattr(pipeline.cluster, "NOTICE_S", 1.0)
+    monkeypatch.setattr(sys, "stderr", Reader())
+    results = []
+    for result, _ in run_tasks(square_slowly, range(40), workers=0, scheduler=scheduler):
+        results.append(result)
+        if len(results) == 1:
+            machines.processes[0].kill()
+    assert sorted(results) == EXPECTED
+    assert sys.stderr.getvalue() == 2 * f"\nthe scheduler at {scheduler} has no worker; start some: waiting for one\n"
+
+
+def run_as_a_person_would(call: str) -> subprocess.Popen[str]:
+    """A command of its own that prints each result."""
+    code = (
+        "import tests.test_cluster as t; from pathlib import Path; from stages.common import door\n"
+        f"door(lambda _: [print('result', r, flush=True) for r in t.run_tasks({call})], '')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_ctrl_c,
+    )
+    assert process.stdout
+    while not process.stdout.readline().startswith("result"):
+        assert process.poll() is None, process.stderr
+    return process
+
+
+def test_scheduler_that_dies_ends_the_run_with_one_line(machines: Machines) -> None:
+    address, scheduler = machines.scheduler()
+    machines.worker(address)
+    process = run_as_a_person_would(f"t.square_slowly, range(1000), workers=0, scheduler={address!r}")
+    scheduler.kill()
+    _, err = process.communicate(timeout=60)
+    assert err == (
+        f"error: the scheduler at {address} went away; finished work is kept; start it again, and run the same command again\n"
+    )
+    assert process.returncode == 1
+
+
+def test_ctrl_c_is_clean_after_a_local_worker_was_started_again(tmp_path: Path) -> None:
+    mark = tmp_path / "killed"
+    tasks = f"[(number, Path({str(mark)!r})) for number in range(1000)]"
+    process = run_as_a_person_would(f"t.kill_the_worker_once, {tasks}, workers=1, scheduler=None")
+    assert process.stdout
+    while not mark.exists():
+        time.sleep(0.01)
+    for _ in range(8):  # the last four of them by the new one
+        process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert err == "\nstopped; finished work is kept, run the same command again to go on\n"
+    assert process.returncode == 130
+
+
+def test_local_worker_gives_memory_back_and_has_one_thread_a_library() -> None:
+    ((environment, memory_limit),) = run_tasks(environment_and_memory_limit, [0], workers=2, scheduler=None)
+    at_start = environment.split("\0")
+    assert "MALLOC_TRIM_THRESHOLD_=65536" in at_start
+    assert {"OMP_NUM_THREADS=1", "OPENBLAS_NUM_THREADS=1", "MKL_NUM_THREADS=1"} <= set(at_start)
+    assert 0 < memory_limit <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.cluster, "CONNECT_TIMEOUT_S", 1)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(IchorError, match=f"preprocess.scheduler = '{address}': no Dask scheduler answers"):
-            list(run_tasks(square, range(3), workers=0, scheduler=address))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_scheduler_without_workers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.cluster, "WORKER_TIMEOUT_S", 1)
-    with (
-        LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
-        pytest.raises(IchorError, match="has no worker after 1 s"),
-    ):
-        list(run_tasks(square, range(3), workers=0, scheduler=cluster.scheduler_address))
+    address = f"tcp://127.0.0.1:{free_port()}"
+    with pytest.raises(IchorError, match=f"preprocess.scheduler = '{address}': no Dask scheduler answers"):
+        list(run_tasks(square, range(3), workers=0, scheduler=address))
 
 
 def test_auto_takes_the_cores_of_this_process() -> None:

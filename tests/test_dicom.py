@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
 from pydicom.uid import ExplicitVRBigEndian, RLELossless
 
-from pipeline.dicom import PixelFault, read_header, read_stored
+from pipeline.dicom import Header, PixelFault, read_headers, read_stored
+from pipeline.index import PIXEL_COLUMNS
 from pipeline.phantom.dicom_writer import StoredForm
+from pipeline.source import Place, Scratch
 from tests.conftest import SIGNED_16, UNSIGNED_12, Cohort
 
 
-def read_pixels(path: Path) -> np.ndarray:
-    header = read_header(path, patient_salt="s")
+def place_of(path: Path) -> Place:
     status = path.stat()
-    return read_stored(
-        path,
-        size=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        transfer_syntax=header.transfer_syntax,
-        rows=header.rows,
-        columns=header.columns,
-        bits_stored=header.bits_stored,
-        signed=header.signed == 1,
-        pixel_offset=header.pixel_offset,
-    )
+    return Place(str(path), status.st_size, status.st_mtime_ns)
+
+
+def header_of(path: Path, salt: str = "s") -> Header:
+    (header,) = read_headers(place_of(path), patient_salt=salt)
+    return header
+
+
+def facts_of(header: Header) -> dict[str, Any]:
+    return {name: getattr(header, name) for name in PIXEL_COLUMNS}
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    return read_stored(place_of(path), scratch=Scratch(), **facts_of(header_of(path)))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +49,7 @@ def test_stored_values_and_header_agree_with_pydicom(cohort: Cohort, form: Store
     cohort.add_study(1, 1, form=form)
     (path,) = cohort.dicom.iterdir()
     dataset = pydicom.dcmread(path)
-    header = read_header(path, patient_salt="s")
+    header = header_of(path, "s")
     np.testing.assert_array_equal(read_pixels(path), dataset.pixel_array)
     assert header.image_id == dataset.SOPInstanceUID
     assert (header.rows, header.columns) == (dataset.Rows, dataset.Columns)
@@ -92,7 +97,7 @@ def test_file_without_preamble_is_read(cohort: Cohort) -> None:
     fp.is_little_endian, fp.is_implicit_VR = True, True
     pydicom.filewriter.write_dataset(fp, dataset)
     path.write_bytes(buffer.getvalue())
-    assert read_header(path, patient_salt="s").fault == ""
+    assert header_of(path, "s").fault == ""
     np.testing.assert_array_equal(read_pixels(path), expected)
 
 
@@ -100,17 +105,17 @@ def test_file_without_preamble_is_read(cohort: Cohort) -> None:
 def test_other_files_are_not_dicom(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file"
     path.write_bytes(content)
-    assert read_header(path, patient_salt="s").fault == "not_dicom"
+    assert header_of(path, "s").fault == "not_dicom"
 
 
 def test_missing_file_is_unreadable(tmp_path: Path) -> None:
-    assert read_header(tmp_path / "none", patient_salt="s").fault == "unreadable"
+    assert read_headers(Place(str(tmp_path / "none"), 100, 0), patient_salt="s")[0].fault == "unreadable"
 
 
 def test_raw_patient_id_leaves_no_header_and_the_salt_changes_the_key(cohort: Cohort) -> None:
     cohort.add_study(1, 1, patient_id="SECRET-77")
     (path,) = cohort.dicom.iterdir()
-    one, other = read_header(path, patient_salt="a"), read_header(path, patient_salt="b")
+    one, other = header_of(path, "a"), header_of(path, "b")
     assert "SECRET-77" not in repr(one)
     assert one.patient_key != other.patient_key
     assert len(one.patient_key) == 16
@@ -119,23 +124,13 @@ def test_raw_patient_id_leaves_no_header_and_the_salt_changes_the_key(cohort: Co
 def test_changed_and_truncated_files_are_refused(cohort: Cohort) -> None:
     cohort.add_study(1, 1)
     (path,) = cohort.dicom.iterdir()
-    header = read_header(path, patient_salt="s")
-    facts = {
-        "transfer_syntax": header.transfer_syntax,
-        "rows": 64,
-        "columns": 64,
-        "bits_stored": 12,
-        "signed": False,
-        "pixel_offset": header.pixel_offset,
-    }
-    before = path.stat()
+    before, facts = place_of(path), facts_of(header_of(path))
     with path.open("r+b") as file:
-        file.truncate(before.st_size - 100)
-    after = path.stat()
+        file.truncate(before.size - 100)
     with pytest.raises(PixelFault, match="changed"):
-        read_stored(path, size=before.st_size, mtime_ns=before.st_mtime_ns, **facts)
+        read_stored(before, scratch=Scratch(), **facts)
     with pytest.raises(PixelFault, match="truncated_pixels"):
-        read_stored(path, size=after.st_size, mtime_ns=after.st_mtime_ns, **facts)
+        read_stored(place_of(path), scratch=Scratch(), **facts)
 
 
 def test_mutated_headers_never_raise(cohort: Cohort) -> None:
@@ -148,4 +143,4 @@ def test_mutated_headers_never_raise(cohort: Cohort) -> None:
         for _ in range(rng.integers(1, 20)):
             mutated[rng.integers(len(mutated))] = rng.integers(256)
         path.write_bytes(bytes(mutated[: rng.integers(1, len(mutated))]))
-        assert read_header(path, patient_salt="s").fault in ("", "unreadable", "not_dicom", "dicomdir")
+        assert header_of(path, "s").fault in ("", "unreadable", "not_dicom", "dicomdir")

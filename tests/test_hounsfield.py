@@ -6,7 +6,17 @@ from pydicom.dataset import Dataset
 from pydicom.pixels import apply_rescale, apply_windowing
 
 from pipeline.config import Window
-from pipeline.hounsfield import is_wrapped, resize_hu, stored_to_hu, window_hu
+from pipeline.head import Box
+from pipeline.hounsfield import (
+    Converter,
+    clear_padding,
+    invert,
+    is_garbage,
+    is_inverted,
+    is_wrapped,
+    stored_to_hu,
+    unwrap,
+)
 
 
 @pytest.mark.parametrize(("slope", "intercept"), [(1, -1024), (1, 0), (0.5, -1000.5), (2, -1024)])
@@ -18,24 +28,49 @@ def test_rescale_agrees_with_pydicom(slope: float, intercept: float) -> None:
     np.testing.assert_allclose(stored_to_hu(stored, slope=slope, intercept=intercept), expected, atol=1e-3)
 
 
+WHOLE = Box(-32.0, -32.0, 64.0)
+
+
+def convert(
+    stored: np.ndarray,
+    windows: dict[str, Window] | None = None,
+    *,
+    size: int | None = None,
+    slope: float = 1.0,
+    intercept: float = 0.0,
+    spacing_mm: tuple[float, float] = (1.0, 1.0),
+    box: Box | None = None,
+) -> np.ndarray:
+    side_mm = float(max(stored.shape[0] * spacing_mm[0], stored.shape[1] * spacing_mm[1]))
+    converter = Converter(
+        image_size=size or max(stored.shape), windows=windows or {"grey": Window(centre=127.5, width=255)}
+    )
+    box = box or Box(-side_mm / 2, -side_mm / 2, side_mm)
+    return converter.window(stored.copy(), slope=slope, intercept=intercept, spacing_mm=spacing_mm, box=box)
+
+
 @pytest.mark.parametrize(("centre", "width"), [(40, 80), (80, 200), (40, 380), (600, 2800)])
-def test_windowing_agrees_with_pydicom_to_one_grey_level(centre: float, width: float) -> None:
-    pixels_hu = np.random.default_rng(0).uniform(-1024, 3000, (64, 64)).astype(np.float32)
+@pytest.mark.parametrize(("slope", "intercept"), [(1, -1024), (0.5, -300.5), (-1, 1000)])
+def test_windowing_agrees_with_pydicom_to_half_a_grey_level(
+    centre: float, width: float, slope: float, intercept: float
+) -> None:
+    stored = np.random.default_rng(0).integers(0, 2000, (64, 64)).astype(np.uint16)
     dataset = Dataset()
     dataset.PhotometricInterpretation, dataset.BitsStored, dataset.PixelRepresentation = "MONOCHROME2", 8, 0
     dataset.RescaleSlope, dataset.RescaleIntercept = 1, 0
     dataset.WindowCenter, dataset.WindowWidth, dataset.VOILUTFunction = centre, width, "LINEAR_EXACT"
-    expected = apply_windowing(pixels_hu.astype(np.float64), dataset)
     # pydicom spreads over the range of its stored bits, after rescale: 0 to 255 here
-    found = window_hu(pixels_hu, {"w": Window(centre=centre, width=width)})[..., 0]
+    expected = apply_windowing(np.maximum(stored.astype(float) * slope + intercept, -1024.0), dataset)
+    windows = {"w": Window(centre=centre, width=width)}
+    found = convert(stored, windows, slope=slope, intercept=intercept)[..., 0]
     assert np.abs(found.astype(float) - expected).max() <= 0.5 + 1e-3
 
 
 def test_window_ends_are_0_and_255_and_the_order_is_kept() -> None:
-    pixels_hu = np.array([[-2000, 0, 40, 80, 3000]], np.float32)
+    stored = np.tile(np.array([[-2000, 0, 40, 80, 3000]], np.int16), (5, 1))
     windows = {"brain": Window(centre=40, width=80), "bone": Window(centre=600, width=2800)}
-    found = window_hu(pixels_hu, windows)
-    assert found.shape == (1, 5, 2)
+    found = convert(stored, windows)
+    assert found.shape == (5, 5, 2)
     assert found[0, :, 0].tolist() == [0, 0, 128, 255, 255]
     assert found[0, 1, 1] == round((0 + 800) * 255 / 2800)
 
@@ -49,35 +84,125 @@ def test_only_unsigned_12_bit_with_intercept_near_zero_is_wrapped() -> None:
     assert not is_wrapped(16, True, 0)
 
 
-def test_unwrapping_undoes_the_wrap() -> None:
-    true_hu = np.array([[-1000, -500, 0, 40, 1000, 3000]])
-    wrapped = (true_hu % 4096).astype(np.uint16)
-    np.testing.assert_array_equal(stored_to_hu(wrapped, slope=1, intercept=0, wrapped=True), true_hu)
+@pytest.mark.parametrize("kind", [np.uint16, np.int16])
+def test_unwrapping_undoes_the_wrap(kind: type) -> None:
+    true_hu = np.array([[-1024, -1001, -500, 0, 40, 1000, 3000]])
+    wrapped = (true_hu % 4096).astype(kind)
+    np.testing.assert_array_equal(unwrap(wrapped).astype(int) - 1024, true_hu)
 
 
-def test_padding_becomes_air() -> None:
-    stored = np.array([[-2000, 0]], np.int16)
-    assert stored_to_hu(stored, slope=1, intercept=-1024).tolist() == [[-1024, -1024]]
+@pytest.mark.parametrize("slope", [1.0, -1.0])
+def test_padding_below_air_becomes_air(slope: float) -> None:
+    pixels_hu = np.full((8, 8), 50.0)
+    pixels_hu[:, :4] = -3024
+    stored = ((pixels_hu + 1024) / slope).astype(np.int16)
+    windows = {"air": Window(centre=-500, width=2000)}
+    found = convert(stored, windows, size=1, slope=slope, intercept=-1024)
+    assert found.item() == round((np.mean([-1024, 50]) + 1500) * 255 / 2000)
 
 
 def test_shrinking_averages_areas() -> None:
-    pixels_hu = np.random.default_rng(0).normal(40, 20, (64, 64)).astype(np.float32)
-    expected = pixels_hu.reshape(16, 4, 16, 4).mean(axis=(1, 3))
-    np.testing.assert_allclose(resize_hu(pixels_hu, size=16), expected, atol=1e-3)
+    stored = np.random.default_rng(0).integers(0, 255, (64, 64)).astype(np.int16)
+    expected = stored.reshape(16, 4, 16, 4).mean(axis=(1, 3))
+    np.testing.assert_allclose(convert(stored, size=16)[..., 0], expected, atol=0.5)
 
 
 def test_resampling_comes_before_the_window() -> None:
-    edge = np.array([[40, 3000], [40, 3000]], np.float32)  # half blood, half bone
+    edge = np.array([[40, 3000], [40, 3000]], np.int16)  # half blood, half bone
     window = {"brain": Window(centre=40, width=80)}
-    assert window_hu(resize_hu(edge, size=1), window).item() == 255  # the mean of the clipped halves would be 191
+    assert convert(edge, window, size=1).item() == 255  # the mean of the clipped halves would be 191
 
 
 def test_slices_that_are_not_square_are_padded_with_air_and_keep_their_aspect() -> None:
-    found = resize_hu(np.full((40, 80), 50, np.float32), size=32)
+    found = convert(np.full((40, 80), 50, np.int16), size=32)[..., 0]
     assert found.shape == (32, 32)
     assert (found[8:24] == 50).all()
-    assert (found[:8] == -1024).all()
-    assert (found[24:] == -1024).all()
-    tall = resize_hu(np.full((64, 64), 50, np.float32), size=32, row_spacing_mm=1.0, column_spacing_mm=0.5)
+    assert (found[:8] == 0).all()
+    assert (found[24:] == 0).all()
+    tall = convert(np.full((64, 64), 50, np.int16), size=32, spacing_mm=(1.0, 0.5))[..., 0]
     assert (tall[:, 8:24] == 50).all()
-    assert (tall[:, :8] == -1024).all()
+    assert (tall[:, :8] == 0).all()
+
+
+def test_smaller_field_of_view_keeps_its_scale_in_the_study() -> None:
+    small = np.full((32, 32), 50, np.int16)
+    found = convert(small, size=32, box=WHOLE)[..., 0]  # 32 mm of 64
+    assert (found[8:24, 8:24] == 50).all()
+    assert np.count_nonzero(found) == 16 * 16
+
+
+def test_box_shows_what_lies_in_it_and_air_where_it_reaches_beyond() -> None:
+    rows, columns = np.mgrid[:64, :64]
+    stored = (rows + 2 * columns).astype(np.int16)
+    box = Box(-16.0, -24.0, 32.0)  # rows 16 to 48, columns 8 to 40
+    np.testing.assert_array_equal(convert(stored, size=32, box=box)[..., 0], stored[16:48, 8:40])
+    beyond = convert(stored + 1, size=32, box=Box(16.0, 16.0, 32.0))[..., 0]  # rows 48 to 80
+    np.testing.assert_array_equal(beyond[:16, :16], stored[48:, 48:] + 1)
+    assert not beyond[16:].any()
+    assert not convert(stored + 1, size=32, box=Box(500.0, 0.0, 32.0)).any()
+
+
+def test_pixel_is_found_again_in_the_slice_it_came_from() -> None:
+    stored = np.zeros((64, 64), np.int16)
+    stored[20, 33] = 255
+    box, size = Box(-20.0, -8.0, 30.0), 60
+    found = convert(stored, size=size, box=box)[..., 0]
+    row, column = np.unravel_index(found.argmax(), found.shape)
+    pixel_mm = box.side_mm / size
+    assert abs(32 + box.top_mm + (row + 0.5) * pixel_mm - 20.5) <= 0.5
+    assert abs(32 + box.left_mm + (column + 0.5) * pixel_mm - 33.5) <= 0.5
+
+
+def test_rescale_does_not_overflow_16_bits() -> None:
+    stored = np.array([[30000, 32767], [-32768, 100]], np.int16)
+    bone = {"bone": Window(centre=1000, width=2000)}
+    assert convert(stored, bone, slope=2, intercept=20000).ravel().tolist() == [255, 255, 0, 255]
+
+
+def head_like(kind: str = "int16") -> np.ndarray:
+    """HU of a disk with a bright ring and noise, in air."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:256, :256] / 256 - 0.5
+    radius = np.hypot(x, y)
+    pixels_hu = np.where(radius < 0.35, 35.0, -1000.0)
+    pixels_hu[(radius > 0.3) & (radius < 0.35)] = 1200
+    return (pixels_hu + rng.normal(0, 8, pixels_hu.shape)).astype(kind)
+
+
+def test_head_is_no_garbage_with_padding_and_with_metal() -> None:
+    pixels_hu = head_like()
+    assert not is_garbage(pixels_hu, slope=1, intercept=0)
+    pixels_hu[:, :60] = -3024
+    pixels_hu[120:140, 100:110] = 30_540
+    assert not is_garbage(pixels_hu, slope=1, intercept=0)
+    assert not is_garbage(pixels_hu // 2, slope=2, intercept=0)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-32768, 32767), (-1024, 3071), (-30000, -1200), (5000, 9000)])
+def test_half_noise_is_garbage(low: int, high: int) -> None:
+    pixels_hu = head_like()
+    pixels_hu[128:] = np.random.default_rng(0).integers(low, high, (128, 256))
+    assert is_garbage(pixels_hu, slope=1, intercept=0)
+    assert is_garbage((-pixels_hu.astype(int)).clip(-32768, 32767).astype(np.int16), slope=-1, intercept=0)
+
+
+@pytest.mark.parametrize("kind", ["uint16", "int16"])
+def test_negative_is_noticed_and_turned_positive(kind: str) -> None:
+    stored = (head_like() + 1024).clip(0, 4095).astype(kind)
+    assert not is_inverted(stored, slope=1, intercept=-1024)
+    limits = 4095 if kind == "uint16" else -1
+    negative = (limits - stored.astype(int)).astype(kind)
+    assert is_inverted(negative, slope=1, intercept=-1024 if kind == "uint16" else 1024)
+    np.testing.assert_array_equal(invert(negative, bits_stored=12), stored)
+
+
+def test_tagged_padding_becomes_air_outside_the_head_and_water_stays_water() -> None:
+    pixels_hu = head_like()
+    pixels_hu[pixels_hu < -900] = 0  # padding of 0: as water
+    inside = pixels_hu[128, 128] = 0
+    assert clear_padding(pixels_hu, padding=0, slope=1, intercept=0)
+    assert pixels_hu[0, 0] == -1024
+    assert pixels_hu[128, 128] == inside
+    assert not clear_padding(pixels_hu, padding=np.nan, slope=1, intercept=0)
+    assert not clear_padding(pixels_hu, padding=-2000, slope=1, intercept=-1024)
+    assert not clear_padding(pixels_hu, padding=77, slope=1, intercept=0)

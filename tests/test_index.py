@@ -16,9 +16,10 @@ import pytest
 import pipeline.index
 from pipeline.dicom import Header
 from pipeline.errors import SourceError
-from pipeline.index import build_manifest, find_files
+from pipeline.index import build_manifest
 from pipeline.manifest import EXCLUDED, REASONS, account, kept
 from pipeline.phantom.dicom_writer import StoredForm
+from pipeline.source import Place, find_files
 from tests.conftest import REAL_DICOM, Cohort
 
 
@@ -120,7 +121,8 @@ def test_series_with_most_slices_is_chosen_and_the_other_named(cohort: Cohort) -
         (cohort.dicom / "ID_000010000.dcm").rename(cohort.dicom / f"other{k}.dcm")
     cohort.add_study(1, 5)
     manifest, _, _ = build_manifest(cohort.config())
-    assert account(manifest) == {"files": 7, "used": 5, "repaired": 0, "excluded": 2, "reasons": {"other_series": 2}}
+    assert account(manifest) == {"files": 7,
+        "slices_found": 7, "used": 5, "repaired": 0, "excluded": 2, "reasons": {"other_series": 2}}
 
 
 def test_same_image_identifier_twice_is_used_once(cohort: Cohort) -> None:
@@ -199,13 +201,13 @@ def test_unchanged_files_are_not_read_again(cohort: Cohort, monkeypatch: pytest.
     cohort.add_study(1, 3)
     first, headers, _ = build_manifest(cohort.config())
     read: list[str] = []
-    real = pipeline.index.read_header
+    real = pipeline.index.read_headers
 
-    def spy(path: str, *, patient_salt: str) -> Any:
-        read.append(Path(path).name)
-        return real(path, patient_salt=patient_salt)
+    def spy(place: Place, *, patient_salt: str) -> Any:
+        read.append(Path(place.container).name)
+        return real(place, patient_salt=patient_salt)
 
-    monkeypatch.setattr(pipeline.index, "read_header", spy)
+    monkeypatch.setattr(pipeline.index, "read_headers", spy)
     second, _, _ = build_manifest(cohort.config(), headers)
     assert read == []
     pd.testing.assert_frame_equal(first, second)
@@ -220,15 +222,16 @@ def test_unchanged_files_are_not_read_again(cohort: Cohort, monkeypatch: pytest.
 
 def test_file_that_could_not_be_read_is_asked_again(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
     cohort.add_study(1, 3)
-    real = pipeline.index.read_header
+    real = pipeline.index.read_headers
 
-    def hiccup(path: str, *, patient_salt: str) -> Any:
-        return Header(fault="unreadable") if path.endswith("0001.dcm") else real(path, patient_salt=patient_salt)
+    def hiccup(place: Place, *, patient_salt: str) -> Any:
+        away = place.container.endswith("0001.dcm")
+        return [Header(fault="unreadable")] if away else real(place, patient_salt=patient_salt)
 
-    monkeypatch.setattr(pipeline.index, "read_header", hiccup)
+    monkeypatch.setattr(pipeline.index, "read_headers", hiccup)
     manifest, headers, _ = build_manifest(cohort.config())
     assert account(manifest)["reasons"] == {"unreadable": 1}
-    monkeypatch.setattr(pipeline.index, "read_header", real)
+    monkeypatch.setattr(pipeline.index, "read_headers", real)
     manifest, _, _ = build_manifest(cohort.config(), headers)
     assert account(manifest)["used"] == 3
 
@@ -237,7 +240,7 @@ def test_manifest_does_not_depend_on_the_workers(cohort: Cohort, monkeypatch: py
     for number in range(3):
         cohort.add_study(number, 4)
     alone, _, _ = build_manifest(cohort.config())
-    monkeypatch.setattr(pipeline.index, "HEADERS_PER_TASK", 3)
+    monkeypatch.setattr(pipeline.index, "FILES_PER_TASK", 3)
     shared, _, _ = build_manifest(cohort.config(preprocess__workers=1))
     pd.testing.assert_frame_equal(alone, shared)
 
@@ -267,7 +270,7 @@ def test_several_sources_and_single_files_are_taken_together(cohort: Cohort) -> 
 def test_linked_folders_are_followed_once(cohort: Cohort) -> None:
     cohort.add_study(1, 2)
     (cohort.dicom / "loop").symlink_to(cohort.dicom)
-    assert len(find_files([cohort.dicom])) == 2
+    assert len(find_files([str(cohort.dicom)])) == 2
 
 
 def test_missing_source_empty_folder_and_no_slice_are_errors(cohort: Cohort) -> None:

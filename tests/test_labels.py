@@ -20,14 +20,21 @@ def rows(image_id: str, values: str) -> list[str]:
     return [f"{image_id}_{name},{value}" for name, value in zip(LABELS, values, strict=True)]
 
 
-def test_agrees_with_a_plain_pandas_pivot(tmp_path: Path) -> None:
+def random_rows(images: int) -> list[str]:
+    """Six rows an image, in random order."""
     rng = np.random.default_rng(1)
     lines = []
-    for number in range(200):
+    for number in range(images):
         subtypes = rng.integers(0, 2, 5)
         lines += rows(f"ID_{number * 7919:09x}", "".join(map(str, [*subtypes, subtypes.max()])))
     rng.shuffle(lines)
-    path = write(tmp_path, *lines)
+    return lines
+
+
+# pyarrow reads blocks of a megabyte, and each block numbers its own ids and values: 10,000 images are two of them
+@pytest.mark.parametrize("images", [200, 10_000])
+def test_agrees_with_a_plain_pandas_pivot(tmp_path: Path, images: int) -> None:
+    path = write(tmp_path, *random_rows(images))
     plain = pd.read_csv(path)
     plain[["image_id", "name"]] = plain["ID"].str.rsplit("_", n=1, expand=True)
     expected = plain.pivot(index="image_id", columns="name", values="Label")[list(LABELS)]
@@ -49,6 +56,42 @@ def test_agreeing_duplicates_are_one(tmp_path: Path) -> None:
 def test_conflicting_duplicates_name_the_image(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match=r"image ID_a is labelled both 0 and 1 for subdural"):
         read_labels(write(tmp_path, *rows("ID_a", "000011"), "ID_a_subdural,0"))
+
+
+def test_a_block_that_writes_its_values_otherwise_means_the_same(tmp_path: Path) -> None:
+    lines = random_rows(10_000)
+    expected = read_labels(write(tmp_path, *lines))
+    found = read_labels(write(tmp_path, *lines[:50_000], *(line + ".0" for line in lines[50_000:])))
+    pd.testing.assert_frame_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("ID_a_any,2", "line 50002: Label is '2'"),
+        ("ID_a_anything,1", "line 50002: 'ID_a_anything' names no known label"),
+    ],
+)
+def test_a_fault_far_down_is_named_by_its_line(tmp_path: Path, line: str, message: str) -> None:
+    lines = random_rows(10_000)
+    with pytest.raises(LabelError, match=message):
+        read_labels(write(tmp_path, *lines[:50_000], line, *lines[50_000:]))
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        b"\xef\xbb\xbfID,Label\nID_a_any,1\n",
+        b'"ID","Label"\n"ID_a_any","1"\n',
+        b"ID,Label\r\nID_a_any,1\r\n",
+        b"ID,Label\nID_a_any, 1.0",
+    ],
+    ids=["byte order mark", "quoted", "CRLF", "decimal"],
+)
+def test_other_programs_ways_of_writing_are_read(tmp_path: Path, written: bytes) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_bytes(written)
+    assert read_labels(path)["any"].to_dict() == {"ID_a": 1}
 
 
 def test_labels_that_the_file_does_not_give_are_unknown(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from pipeline.config import Config
 from pipeline.errors import IchorError, SourceError
 from pipeline.index import build_manifest
 from pipeline.phantom.dicom_writer import StoredForm
-from pipeline.preprocess import preprocess
+from pipeline.preprocess import SliceReader, preprocess
 from pipeline.store import Store
 from tests.conftest import REAL_DICOM, ROOT, SIGNED_16, Cohort, tree_bytes
 
@@ -41,7 +41,7 @@ def plain_windows(path: Path, config: Config, *, wrapped: bool = False) -> np.nd
     dataset = pydicom.dcmread(path)
     pixels_hu = apply_rescale(dataset.pixel_array, dataset).astype(np.float64)
     if wrapped:
-        pixels_hu = (dataset.pixel_array.astype(int) + 1000) % 4096 - 1000.0
+        pixels_hu = (dataset.pixel_array.astype(int) + 1024) % 4096 - 1024.0
     size = config.preprocess.image_size
     if size != len(pixels_hu):
         pixels_hu = cv2.resize(pixels_hu, (size, size), interpolation=cv2.INTER_AREA)
@@ -101,13 +101,13 @@ def test_second_run_makes_no_shard_and_an_added_study_costs_one(
     first, _, _ = run(cohort)
     before = tree_bytes(first.path)
     made: list[str] = []
-    real = pipeline.preprocess.convert_slice
+    real = SliceReader.read
 
-    def spy(path: Path, *args: Any, **kwargs: Any) -> Any:
-        made.append(path.name)
-        return real(path, *args, **kwargs)
+    def spy(self: SliceReader, container: str, *args: Any) -> Any:
+        made.append(Path(container).name)
+        return real(self, container, *args)
 
-    monkeypatch.setattr(pipeline.preprocess, "convert_slice", spy)
+    monkeypatch.setattr(SliceReader, "read", spy)
     second, _, _ = run(cohort)
     assert made == []
     assert tree_bytes(second.path) == before
@@ -120,7 +120,7 @@ def test_second_run_makes_no_shard_and_an_added_study_costs_one(
 def test_changed_label_costs_no_pixels(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
     cohort.add_study(1, 2)
     first, _, _ = run(cohort)
-    monkeypatch.setattr(pipeline.preprocess, "convert_slice", lambda *_, **__: pytest.fail("a pixel was read"))
+    monkeypatch.setattr(SliceReader, "read", lambda *_: pytest.fail("a pixel was read"))
     cohort.labels["ID_000010000"] = [1, 0, 0, 0, 0, 1]
     second, _, _ = run(cohort)
     assert second.labels[0, 0].tolist() == [1, 0, 0, 0, 0, 1]

@@ -156,7 +156,7 @@ def test_store_of_another_format_version_is_refused(store: Store, run_stage: Cal
     metadata = json.loads(metadata_path.read_text())
     metadata["attributes"]["format_version"] = 99
     metadata_path.write_text(json.dumps(metadata))
-    with pytest.raises(StoreError, match="format version 99, this code reads 1"):
+    with pytest.raises(StoreError, match="format version 99, this code reads 2"):
         Store(store.path)
     for stage in ("inspect", "train"):
         ran = run_stage(stage)

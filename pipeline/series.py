@@ -1,0 +1,196 @@
+"""Slices as series: which series of a study is wanted, where its slices lie, and what is missing between them.
+
+All of it works on tables with the columns of `pipeline.dicom.Header`, one row a slice.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+PLACE = ["position_x_mm", "position_y_mm", "position_z_mm"]
+ROW, COLUMN = ["row_x", "row_y", "row_z"], ["column_x", "column_y", "column_z"]
+ORIENTATION = [*ROW, *COLUMN]
+
+BONE_WIDTH_HU = 1000.0
+"""A series whose own window is wider than this was made to look at bone."""
+
+WHOLE_COVERAGE = 0.8
+"""A series that covers less of the study's longest is a part: a block of an acquisition, or a repeat of some slices."""
+
+USUAL_THICKNESS_MM = 5.0
+"""Of soft-tissue head series, RSNA's among them (3 to 5 mm, a few 2.5): thin ones are for bone and for reformatting."""
+
+HOLE, OVERLAP, SAME_MM = 1.5, 0.5, 0.01
+"""A gap of 1.5 times both its neighbours is a hole; below half of the study's median slices overlap; at 0.01 mm they share a place."""
+
+TRANSPOSED, ROWS_FLIPPED, COLUMNS_FLIPPED = 4, 2, 1
+"""Bits of a turn, in the order in which they are done."""
+
+Floats = npt.NDArray[np.floating]
+
+
+def normals(files: pd.DataFrame) -> Floats:
+    """Slice normals (PS3.3 C.7.6.2.1.1): float64 [slice, 3], unit length, pointing to the head's end (larger z)."""
+    normal = np.cross(files[ROW].to_numpy(float), files[COLUMN].to_numpy(float))
+    length = np.linalg.norm(normal, axis=1, keepdims=True)
+    normal = np.divide(normal, length, out=np.full_like(normal, np.nan), where=length > 0)
+    return np.where(normal[:, 2:] < 0, -normal, normal)
+
+
+def choose_series(axial: pd.DataFrame, *, rule: str, chosen: list[str]) -> pd.Series:
+    """Choose one series of each study from its usable axial slices.
+
+    ``soft_tissue`` asks in this order: no bone kernel (Convolution Kernel or Series Description, else a window wider than 1000 HU);
+    at least 80 % of the coverage of the study's longest series; thickness nearest to 5 mm; original rather than derived; most
+    slices; uid. ``bone`` wants a bone kernel first. ``thin`` wants soft tissue, coverage, then the thinnest. ``most_slices``
+    counts.
+
+    Args:
+        axial: the usable slices.
+        rule: one of `pipeline.config.SERIES_RULES`.
+        chosen: uids of series that are taken whatever the rule says.
+
+    Returns:
+        Study uid → series uid.
+    """
+    pairs = axial.groupby(["study_uid", "series_uid"], sort=True).size().rename("slices").reset_index()
+    several = pairs["study_uid"].duplicated(keep=False)
+    alone = pairs[~several].set_index("study_uid")["series_uid"]
+    if not several.any():
+        return alone
+    contested = axial[axial["study_uid"].isin(pairs.loc[several, "study_uid"])]
+    described = _describe_series(contested)
+    described["not_chosen"] = ~described["series_uid"].isin(chosen)
+    wishes = {
+        "soft_tissue": ["is_bone", "is_part", "off_thickness", "is_derived"],
+        "bone": ["is_soft", "is_part", "off_thickness", "is_derived"],
+        "thin": ["is_bone", "is_part", "thickness_mm", "is_derived"],
+        "most_slices": [],
+    }[rule]
+    described = described.sort_values(["study_uid", "not_chosen", *wishes, "fewer", "series_uid"])
+    best = described.drop_duplicates("study_uid").set_index("study_uid")["series_uid"]
+    return pd.concat([alone, best])
+
+
+def _describe_series(slices: pd.DataFrame) -> pd.DataFrame:
+    """One row a series, with what the rules ask of it; smaller is better."""
+    height_mm = (normals(slices) * slices[PLACE].to_numpy(float)).sum(axis=1)
+    facts = pd.DataFrame(
+        {
+            "study_uid": slices["study_uid"],
+            "series_uid": slices["series_uid"],
+            "height_mm": height_mm,
+            "thickness_mm": slices["thickness_mm"],
+            "bone": (slices["kernel"] == "bone")
+            | ((slices["kernel"] == "") & (slices["window_width"] > BONE_WIDTH_HU)),
+            "derived": slices["image_type"].str.startswith("DERIVED"),
+        }
+    )
+    grouped = facts.groupby(["study_uid", "series_uid"], sort=True)
+    table = grouped.agg(
+        lowest_mm=("height_mm", "min"),
+        highest_mm=("height_mm", "max"),
+        slices=("height_mm", "size"),
+        thickness_mm=("thickness_mm", "median"),
+        bone=("bone", "mean"),
+        derived=("derived", "mean"),
+    ).reset_index()
+    coverage_mm = table["highest_mm"] - table["lowest_mm"]
+    spacing_mm = coverage_mm / (table["slices"] - 1).clip(lower=1)
+    table["thickness_mm"] = table["thickness_mm"].where(table["thickness_mm"] > 0, spacing_mm)
+    longest_mm = coverage_mm.groupby(table["study_uid"]).transform("max")
+    table["is_part"] = coverage_mm < WHOLE_COVERAGE * longest_mm
+    table["is_bone"] = table["bone"] > 0.5
+    table["is_soft"] = ~table["is_bone"]
+    table["is_derived"] = table["derived"] > 0.5
+    ratio = np.log2(table["thickness_mm"].clip(0.1, 100.0) / USUAL_THICKNESS_MM).abs()
+    table["off_thickness"] = ratio.round(1)  # 4.8 and 5 mm are one
+    table["fewer"] = -table["slices"]
+    return table
+
+
+def measure_positions(slices: pd.DataFrame) -> npt.NDArray[np.float64]:
+    """Position in mm along the normal that most slices of the series share, float64 [slice].
+
+    Slices of one series may have several orientations (3 of 2,214 RSNA series), and only along one direction is there an order.
+    """
+    rounded = slices[ORIENTATION].to_numpy(float).round(3)
+    # a number for each orientation of a series: cheaper than grouping by seven columns
+    series = pd.factorize(slices["series_uid"])[0]
+    keys = np.ascontiguousarray(np.column_stack([series, rounded])).view("V56").ravel() if len(slices) else series
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    counts = np.bincount(group)
+    table = pd.DataFrame(rounded[first], columns=ORIENTATION).assign(
+        series=series[first], fewer=-counts, group=np.arange(len(first))
+    )
+    shared = table.sort_values(["series", "fewer", *ORIENTATION]).drop_duplicates("series").set_index("series")["group"]
+    of_slice = first[shared.reindex(series).to_numpy()]
+    normal = normals(slices)[of_slice]
+    return (normal * slices[PLACE].to_numpy(float)).sum(axis=1)
+
+
+def measure_tilts(files: pd.DataFrame) -> npt.NDArray[np.float64]:
+    """Angle between the slice normal and the body's axis in degrees, float64 [slice]."""
+    return np.rad2deg(np.arccos(np.clip(np.abs(normals(files)[:, 2]), 0, 1)))
+
+
+def measure_gaps(
+    study: npt.NDArray[np.int64], position_mm: Floats
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.object_]]:
+    """Distance of each slice to the one below, and where it is not as it should be.
+
+    Two blocks of different spacing have no hole where they meet: a hole is wider than 1.5 times the gaps on both its sides.
+
+    Args:
+        study: number of each slice's study, ascending.
+        position_mm: ascending within a study.
+
+    Returns:
+        float64 [slice], NaN for the lowest slice of a study; and ``hole``, ``overlap``, ``same_position`` or an empty text.
+    """
+    gap_mm = np.full(len(study), np.nan)
+    inside = np.flatnonzero(study[1:] == study[:-1]) + 1
+    gap_mm[inside] = position_mm[inside] - position_mm[inside - 1]
+    below = np.full(len(study), np.nan)
+    above = np.full(len(study), np.nan)
+    below[1:], above[:-1] = gap_mm[:-1], gap_mm[1:]
+    median_mm = pd.Series(gap_mm).groupby(study).transform("median").to_numpy() if len(study) else gap_mm
+    with np.errstate(invalid="ignore"):
+        # fmax: at the ends there is a neighbour on one side alone
+        is_hole = gap_mm > HOLE * np.fmax(np.fmax(below, above), SAME_MM)
+        is_overlap = gap_mm < OVERLAP * median_mm
+        is_same = gap_mm < SAME_MM
+    return gap_mm, np.select([is_same, is_overlap, is_hole], ["same_position", "overlap", "hole"], "").astype(object)
+
+
+def find_turns(slices: pd.DataFrame) -> npt.NDArray[np.int64]:
+    """How each slice is to be turned so that rows run to the patient's left and columns to the back: bits, int64 [slice].
+
+    In that form (1 0 0, 0 1 0) heads lie as radiologists look at them. Prone patients and some vendors have others.
+    """
+    row, column = slices[ROW].to_numpy(float), slices[COLUMN].to_numpy(float)
+    transposed = np.abs(row[:, 0]) < np.abs(row[:, 1])
+    to_left = np.where(transposed, column[:, 0], row[:, 0])
+    to_back = np.where(transposed, row[:, 1], column[:, 1])
+    return TRANSPOSED * transposed + ROWS_FLIPPED * (to_back < 0) + COLUMNS_FLIPPED * (to_left < 0)
+
+
+def turn(stored: npt.NDArray[np.integer], turn: int) -> npt.NDArray[np.integer]:
+    """A slice turned: a view of [row, column]."""
+    if turn & TRANSPOSED:
+        stored = stored.T
+    if turn & ROWS_FLIPPED:
+        stored = stored[::-1]
+    return stored[:, ::-1] if turn & COLUMNS_FLIPPED else stored
+
+
+def turn_cosines(cosines: Floats, turns: npt.NDArray[np.integer]) -> Floats:
+    """Direction cosines of rows and columns after the turn: float64 [slice, 6]."""
+    row, column = cosines[:, :3].copy(), cosines[:, 3:].copy()
+    swap = (turns & TRANSPOSED) > 0
+    row[swap], column[swap] = column[swap], row[swap].copy()
+    row[(turns & COLUMNS_FLIPPED) > 0] *= -1
+    column[(turns & ROWS_FLIPPED) > 0] *= -1
+    return np.concatenate([row, column], axis=1)

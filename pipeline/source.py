@@ -1,0 +1,367 @@
+"""Where the files lie: folders, zips read in place, globs, and S3-compatible storage; found by `index`, read by both stages.
+
+A zip's directory is parsed once, by `index`; the manifest then carries each member's place, so that a slice of the 180 GB RSNA
+zip costs one read. Whatever is read is checked against what `index` saw: size and time of change, a zip's CRC-32, or S3's ETag.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import struct
+import zipfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from isal import isal_zlib
+
+from pipeline.errors import SourceError
+
+NOT_PACKED, STORED, DEFLATED, UNREADABLE_METHOD = -1, 0, 8, 99
+"""How a file lies in a zip (APPNOTE 4.4.5): not in one, as it is, deflated; 99 stands for all that cannot be read, encrypted too."""
+
+HEAD_BYTES = 65_536
+"""What is read to parse a header: RSNA's take 1.4 kB, hospitals' 4 to 40; one read of this size costs no more than of one page."""
+
+LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+LOCAL_SLACK = 512
+"""A member's local header may hold a longer extra field than the directory's (APPNOTE 4.3.7): read this much more."""
+
+URL = re.compile(r"^[a-z][a-z0-9+.-]+://")
+
+FILE_COLUMNS = ["source", "archive", "path", "size", "stamp", "method", "offset", "packed_size"]
+"""`source` is the number of the entry of `source.dicom`; `archive` the zip within it; `path` lies within archive or source; `stamp`
+changes with the content: mtime in ns, CRC-32, or a hash of S3's ETag; the last three say where a zip's member lies."""
+
+_NUMBERS = ["source", "size", "stamp", "method", "offset", "packed_size"]
+
+
+BadDeflateError: Any = isal_zlib.error
+
+
+class Place(NamedTuple):
+    """Where one file lies, and what it was when `index` saw it."""
+
+    container: str
+    """The file, its URL, or the zip that holds it."""
+    size: int
+    stamp: int
+    method: int = NOT_PACKED
+    offset: int = 0
+    packed_size: int = 0
+
+
+class Scratch:
+    """Memory to read into, again and again: fresh memory costs more in page faults than the reading itself."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray()
+
+    def view(self, length: int) -> memoryview:
+        """That many bytes; good until the next call."""
+        if len(self._memory) < length:
+            self._memory = bytearray(length)  # not resized: an array may still lie in the old one
+        return memoryview(self._memory)[:length]
+
+
+class ChangedError(Exception):
+    """A file is gone, cannot be read, or is not the one that `index` saw."""
+
+
+def find_files(sources: Sequence[str]) -> pd.DataFrame:
+    """List every file of the sources, in the order of source, archive and path.
+
+    Args:
+        sources: folders (searched recursively; zips in them are opened), files, zips, globs, or URLs such as ``s3://bucket/head-ct``.
+
+    Returns:
+        One row a file with `FILE_COLUMNS`.
+
+    Raises:
+        SourceError: a source does not exist or cannot be listed, a glob matches nothing, or there is no file at all.
+    """
+    tables = [_list_source(number, source) for number, source in enumerate(sources)]
+    files = pd.concat(tables, ignore_index=True)
+    if files.empty:
+        raise SourceError(f"source.dicom: no file in {', '.join(sources)}")
+    return files
+
+
+def containers(sources: Sequence[str], files: pd.DataFrame) -> list[str]:
+    """The file, URL or zip that holds each row of a table with `FILE_COLUMNS`; absolute, as workers may run elsewhere."""
+    roots = [source if URL.match(source) else os.path.abspath(_root(source)) for source in sources]
+    packed = (files["method"] != NOT_PACKED).to_numpy()
+    inside = np.where(packed, files["archive"].to_numpy(object), files["path"].to_numpy(object))
+    return [_join(roots[source], path) for source, path in zip(files["source"].tolist(), inside.tolist(), strict=True)]
+
+
+def is_there(source: str) -> bool:
+    """Whether a source can be reached now; a URL counts as there, its files say for themselves."""
+    return bool(URL.match(source)) or os.path.exists(_root(source))
+
+
+def _join(root: str, path: str) -> str:
+    return f"{root.rstrip('/')}/{path}" if path else root
+
+
+def _root(source: str) -> str:
+    """A source itself, or for a glob the folder above its first wildcard: paths are relative to it."""
+    if not _is_glob(source):
+        return source
+    return os.path.dirname(re.split(r"[*?\[]", source, maxsplit=1)[0]) or "."
+
+
+def _is_glob(source: str) -> bool:
+    return glob.has_magic(source) and not URL.match(source) and not os.path.exists(source)
+
+
+def _list_source(number: int, source: str) -> pd.DataFrame:
+    if URL.match(source):
+        return _table(number, _list_url(source))
+    root = _root(source)
+    tops = sorted(glob.glob(source, recursive=True, include_hidden=True)) if _is_glob(source) else [source]
+    if not tops or not os.path.exists(tops[0]):
+        what = "matches nothing" if _is_glob(source) else "does not exist"
+        raise SourceError(
+            f"source.dicom: {source} {what}; set it to a folder of DICOM files, a .zip, a file, a glob, an s3:// URL, or a list of these"
+        )
+    found: dict[str, os.stat_result] = {}
+    for top in tops:
+        relative = "" if top == root else os.path.relpath(top, root)
+        if os.path.isdir(top):
+            found |= {os.path.join(relative, path): status for path, status in _walk(top)}
+        else:
+            found[_shown(relative)] = os.stat(top)
+    return _table(number, _open_archives(root, found))
+
+
+def _table(number: int, rows: Iterator[tuple[Any, ...]]) -> pd.DataFrame:
+    table = pd.DataFrame(list(rows), columns=FILE_COLUMNS[1:])
+    table.insert(0, "source", number)
+    table = table.astype({**dict.fromkeys(_NUMBERS, np.int64), "archive": "str", "path": "str"})
+    return table.sort_values(["archive", "path"], kind="stable", ignore_index=True)
+
+
+def _shown(path: str) -> str:
+    """A name that is no UTF-8 is shown escaped; nothing is found under it, so it is excluded as unreadable."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Files below `folder` with paths relative to it; links are followed, each folder is entered once."""
+    entered: set[tuple[int, int]] = set()
+    waiting = [""]
+    while waiting:
+        relative = waiting.pop()
+        status = os.stat(os.path.join(folder, relative))
+        if (status.st_dev, status.st_ino) in entered:
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        with os.scandir(os.path.join(folder, relative)) as entries:
+            for entry in entries:
+                path = os.path.join(relative, entry.name)
+                if entry.is_dir():
+                    waiting.append(path)
+                elif entry.is_file():
+                    yield _shown(path), entry.stat()
+
+
+def _open_archives(root: str, found: dict[str, os.stat_result]) -> Iterator[tuple[Any, ...]]:
+    for path, status in found.items():
+        archive = _join(root, path)
+        if is_zip_name(archive) and zipfile.is_zipfile(archive):
+            for row in _list_zip(archive):
+                yield path, *row
+        else:
+            yield "", path, status.st_size, status.st_mtime_ns, NOT_PACKED, 0, 0
+
+
+def is_zip_name(path: str) -> bool:
+    """Whether a name is that of a zip."""
+    return path.lower().endswith(".zip")
+
+
+def _list_zip(archive: str, file: Any = None) -> Iterator[tuple[Any, ...]]:
+    try:
+        with zipfile.ZipFile(file or archive) as directory:
+            for member in directory.infolist():
+                if not member.is_dir():
+                    readable = member.compress_type in (STORED, DEFLATED) and not member.flag_bits & 0x1
+                    method = member.compress_type if readable else UNREADABLE_METHOD
+                    yield (
+                        member.filename,
+                        member.file_size,
+                        member.CRC,
+                        method,
+                        member.header_offset,
+                        member.compress_size,
+                    )
+    except (zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
+        raise SourceError(
+            f"source.dicom: the zip {archive} cannot be read ({error}); was it downloaded to its end?"
+        ) from None
+
+
+def _list_url(url: str) -> Iterator[tuple[Any, ...]]:
+    try:
+        system, path = _file_system(url)
+        found = system.find(path, detail=True)
+    except Exception as error:  # each storage has its own family of errors
+        raise SourceError(
+            f"source.dicom: {url} cannot be listed ({type(error).__name__}: {_brief(error)}); check the name, the credentials and the endpoint (AWS_ENDPOINT_URL)"
+        ) from None
+    if not found:
+        raise SourceError(f"source.dicom: nothing is stored under {url}")
+    for name, facts in found.items():
+        relative = os.path.relpath(name, path) if name != path else ""
+        if is_zip_name(name):
+            with system.open(name, "rb") as file:
+                for row in _list_zip(_join(url, relative), file):
+                    yield relative, *row
+        else:
+            yield "", relative, facts["size"], _stamp_of(facts), NOT_PACKED, 0, 0
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _stamp_of(facts: dict[str, Any]) -> int:
+    """What stands for the content of a stored object: its ETag, or where there is none its time of change."""
+    mark = str(facts.get("ETag") or facts.get("etag") or facts.get("LastModified") or facts.get("mtime") or "")
+    return int.from_bytes(hashlib.blake2b(mark.encode(), digest_size=7).digest(), "big")
+
+
+@lru_cache(maxsize=8)
+def _open_system(protocol: str) -> Any:
+    import fsspec  # only where a URL is given: its S3 part takes a second to import
+
+    return fsspec.filesystem(protocol, use_listings_cache=False)
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the URL's path in it."""
+    system = _open_system(url.split("://", 1)[0])
+    return system, str(system._strip_protocol(url))
+
+
+def read_head(place: Place, length: int = HEAD_BYTES) -> bytes:
+    """The first bytes of a file, as they are now.
+
+    Raises:
+        ChangedError: it cannot be read.
+    """
+    if place.method == UNREADABLE_METHOD:
+        raise ChangedError
+    try:
+        if place.method == NOT_PACKED:
+            return _read_range(place.container, 0, min(length, place.size))
+        packed = _read_member(place, min(place.packed_size, length))
+        return packed[:length] if place.method == STORED else isal_zlib.decompressobj(-15).decompress(packed, length)
+    except (OSError, BadDeflateError):
+        raise ChangedError from None
+
+
+def read_whole(place: Place) -> bytes:
+    """A whole file, the one that `index` saw.
+
+    Raises:
+        ChangedError: it is gone, cannot be read, or is another one.
+    """
+    if place.method == UNREADABLE_METHOD:
+        raise ChangedError
+    try:
+        if place.method == NOT_PACKED:
+            content = _read_range(place.container, 0, place.size)
+            _require_unchanged(place)
+        else:
+            content = _read_member(place, place.packed_size)
+            if place.method == DEFLATED:
+                content = isal_zlib.decompress(content, -15, max(1, place.size))
+            if isal_zlib.crc32(content) != place.stamp:
+                raise ChangedError
+    except (OSError, BadDeflateError):
+        raise ChangedError from None
+    if len(content) != place.size:
+        raise ChangedError
+    return content
+
+
+def read_part(place: Place, start: int, length: int, scratch: Scratch) -> memoryview:
+    """Part of a file, the one that `index` saw; shorter where the file ends.
+
+    Args:
+        place: the file.
+        start: first byte.
+        length: bytes wanted.
+        scratch: what is returned may lie in it.
+
+    Raises:
+        ChangedError: it is gone, cannot be read, or is another one.
+    """
+    if place.method != NOT_PACKED:  # the checksum is that of the whole file
+        return memoryview(read_whole(place))[start : start + length]
+    if URL.match(place.container):
+        content = memoryview(read_whole(place))
+        return content[start : start + length]
+    view = scratch.view(length)
+    try:
+        descriptor = os.open(place.container, os.O_RDONLY)
+        try:
+            count = os.preadv(descriptor, [view], start)
+            status = os.fstat(descriptor)  # after the reading, so that a change meanwhile is seen too
+        finally:
+            os.close(descriptor)
+    except OSError:
+        raise ChangedError from None
+    if (status.st_size, status.st_mtime_ns) != (place.size, place.stamp):
+        raise ChangedError
+    return view[:count]
+
+
+def _read_range(container: str, start: int, length: int) -> bytes:
+    if URL.match(container):
+        try:
+            system, path = _file_system(container)
+            return bytes(system.cat_file(path, start=start, end=start + length)) if length else b""
+        except Exception as error:  # each storage has its own family of errors
+            raise OSError(str(error)) from None
+    descriptor = os.open(container, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, length, start)
+    finally:
+        os.close(descriptor)
+
+
+def _require_unchanged(place: Place) -> None:
+    if URL.match(place.container):
+        try:
+            system, path = _file_system(place.container)
+            facts = system.info(path)
+        except Exception:  # each storage has its own family of errors
+            raise ChangedError from None
+        size, stamp = facts["size"], _stamp_of(facts)
+    else:
+        status = os.stat(place.container)
+        size, stamp = status.st_size, status.st_mtime_ns
+    if (size, stamp) != (place.size, place.stamp):
+        raise ChangedError
+
+
+def _read_member(place: Place, length: int) -> bytes:
+    """The first `length` packed bytes of a zip's member, which lie behind its local header (APPNOTE 4.3.7)."""
+    content = _read_range(place.container, place.offset, LOCAL_HEADER.size + LOCAL_SLACK + length)
+    if len(content) < LOCAL_HEADER.size:
+        raise ChangedError
+    signature, *_, name_length, extra_length = LOCAL_HEADER.unpack_from(content)
+    if signature != b"PK\x03\x04":
+        raise ChangedError
+    start = LOCAL_HEADER.size + name_length + extra_length
+    if start + length > len(content):
+        content = _read_range(place.container, place.offset, start + length)
+    return content[start : start + length]
