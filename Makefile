@@ -36,7 +36,7 @@ lint: setup ## Mend what ruff can mend, then check style and types
 	ruff format .
 	mypy
 
-bench: setup ## Measure: each benchmark prints a card, and JSON in its last line
+bench: setup ## Measure: each benchmark prints a card, and JSON in its last line (bench_scale needs 6 GB of disk and half an hour)
 	for script in benchmarks/bench_*.py; do PYTHONPATH=. python $$script || exit 1; done
 
 prune: setup ## Free the disk of unfinished work and cached outputs that nothing current uses

@@ -1,15 +1,21 @@
-"""What a slice costs to convert, against its floor and against the straightforward way; one core, warm cache.
+"""What a slice costs to convert: against its floor, the straightforward way and dcm2niix; on two workers; and to index; warm cache.
 
 The floor reads the same bytes and Blosc-encodes the same output: no converter to this form can be faster. The straightforward
-way is pydicom, float windows, cv2 and PNG. Prints a card; the last line is JSON.
+way is pydicom, float windows, cv2 and PNG. dcm2niix (`-z n`) writes its voxels as they are, without windows or compression; our
+cost beside it holds the header, the conversion and the shard. Measured on phantom studies, or on any folder of studies
+(`--dicom`). Prints a card; the last line is JSON.
 """
 
 import argparse
 import json
+import re
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +23,19 @@ import cv2
 import numpy as np
 import pydicom
 
-from pipeline.config import PhantomConfig, load_config
-from pipeline.dicom import read_header
+from benchmarks.bench_scale import FORMS, make_template
+from pipeline.cluster import run_tasks
+from pipeline.config import Config, PhantomConfig, load_config
+from pipeline.dicom import read_headers
+from pipeline.files import write_parquet
 from pipeline.index import build_manifest
-from pipeline.manifest import kept
+from pipeline.manifest import kept, write_manifest
 from pipeline.phantom.cohort import write_cohort
-from pipeline.preprocess import SLICE_COLUMNS, convert_slice
+from pipeline.preprocess import Plan, SliceReader, StudyTask, make_shards
 from pipeline.shard import encode_chunk
+from pipeline.source import Place
+
+COPIES = 20
 
 
 def median_ms(function: Callable[[int], Any], count: int, rounds: int) -> float:
@@ -43,6 +55,8 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--size", type=int, default=512, help="rows and columns of the phantom")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tasks", type=int, default=60, help="studies to share between one worker, then two")
+    parser.add_argument("--files", type=int, default=100_000, help="small files to index twice")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -50,54 +64,133 @@ def main() -> None:
         if not arguments.dicom:
             config = PhantomConfig(studies=2, slices=[24, 24], size=arguments.size, seed=0)
             write_cohort(config, folder=folder, wip=folder, workers="auto")
-        measure(Path(arguments.dicom or folder / "dicom"), arguments)
+        figures = measure_slices(Path(arguments.dicom or folder / "dicom"), folder, arguments)
+        figures |= measure_rescan(folder, arguments.files)
+    print(json.dumps(figures))
 
 
-def measure(source: Path, arguments: argparse.Namespace) -> None:
+def configure(source: Path, image_size: int) -> Config:
     config = load_config()
-    config = config.model_copy(
-        update={"source": config.source.model_copy(update={"dicom": str(source), "labels": None})}
-    )
-    windows, size = config.preprocess.windows, arguments.image_size
+    preprocess = config.preprocess.model_copy(update={"image_size": image_size, "workers": 0})
+    where = config.source.model_copy(update={"dicom": str(source), "labels": None})
+    return config.model_copy(update={"source": where, "preprocess": preprocess})
+
+
+def measure_slices(source: Path, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    config = configure(source, arguments.image_size)
+    windows, size, rounds = config.preprocess.windows, arguments.image_size, arguments.rounds
     manifest, _, _ = build_manifest(config)
-    slices = kept(manifest)
-    paths = [source / path for path in slices["path"]]
-    facts = slices[SLICE_COLUMNS].to_dict("records")
-    converted = [
-        convert_slice(path, one, image_size=size, windows=windows)[0] for path, one in zip(paths, facts, strict=True)
+    slices = kept(manifest).reset_index(drop=True)
+    (folder / "shards").mkdir()
+    plan = Plan(slices, config, folder / "shards")
+    tasks = [plan.task(number) for number in range(len(plan))]
+    work = [
+        (path, facts, task.whole) for task in tasks for path, facts in zip(task.containers, task.slices, strict=True)
     ]
+    reader = SliceReader(image_size=size, windows=windows)
+    converted = [reader.read(path, facts, box)[0].copy() for path, facts, box in work]
+    places = [Place(path, facts.size, facts.stamp) for path, facts, _ in work]
 
     def plain(number: int) -> None:
-        dataset = pydicom.dcmread(paths[number])
+        dataset = pydicom.dcmread(work[number][0])
         pixels_hu = dataset.pixel_array * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
         pixels_hu = cv2.resize(pixels_hu, (size, size), interpolation=cv2.INTER_AREA)
         channels = [np.clip((pixels_hu - w.low_hu) / w.width, 0, 1) * 255 for w in windows.values()]
         cv2.imencode(".png", np.stack(channels, axis=-1).astype(np.uint8))
 
-    count, rounds = len(paths), arguments.rounds
+    count = len(work)
     ways = {
-        "floor": lambda number: (paths[number].read_bytes(), encode_chunk(converted[number])),
-        "ours": lambda number: encode_chunk(
-            convert_slice(paths[number], facts[number], image_size=size, windows=windows)[0]
-        ),
+        "floor": lambda number: (Path(work[number][0]).read_bytes(), encode_chunk(converted[number])),
+        "ours": lambda number: encode_chunk(reader.read(*work[number])[0]),
         "plain": plain,
-        "header": lambda number: read_header(paths[number], patient_salt="bench"),
+        "header": lambda number: read_headers(places[number], patient_salt="bench"),
     }
     ms = {name: median_ms(way, count, rounds) for name, way in ways.items()}
+    ms["shards"] = median_ms(lambda number: make_shards([tasks[number]]), len(tasks), rounds) * len(tasks) / count
+    ms["dcm2niix"] = measure_dcm2niix([Path(path) for path, *_ in work], folder, rounds)
     print(f"{count} slices of {slices['rows'].iloc[0]}² to {size}² × {len(windows)} windows, one core, warm")
     for name, value in ms.items():
         print(f"  {name:8s}{value:8.3f} ms a slice")
-    figures = {
+    encoded = sum(len(encode_chunk(one)) for one in converted)
+    return {
         "ratio_to_floor": round(ms["ours"] / ms["floor"], 2),
         "ratio_to_plain": round(ms["plain"] / ms["ours"], 2),
+        "ratio_to_dcm2niix": round((ms["header"] + ms["shards"]) / ms["dcm2niix"], 2),
+        "ratio_two_workers": measure_two_workers(tasks, arguments.tasks, folder),
         "header_ms": round(ms["header"], 3),
-        "stored_fraction": round(
-            sum(len(encode_chunk(one)) for one in converted) / sum(one.nbytes for one in converted), 3
-        ),
+        "stored_fraction": round(encoded / sum(one.nbytes for one in converted), 3),
         "slices": count,
         "image_size": size,
     }
-    print(json.dumps(figures))
+
+
+def measure_dcm2niix(paths: list[Path], folder: Path, rounds: int) -> float:
+    """Milliseconds a slice, start of the process excluded: the slope between one and twenty copies of the same series."""
+    program = shutil.which("dcm2niix")
+    if program is None:
+        sys.exit("dcm2niix is not installed; it is a package of Debian and Ubuntu: apt-get install dcm2niix")
+    for copy in range(COPIES):
+        (folder / "many" / str(copy)).mkdir(parents=True)
+        for number, path in enumerate(paths):
+            (folder / "many" / str(copy) / f"{number}.dcm").write_bytes(as_another_series(path.read_bytes(), copy))
+    (folder / "one").mkdir()
+    shutil.copytree(folder / "many" / "0", folder / "one" / "0")
+
+    def run(name: str) -> float:
+        out = folder / "nii"
+        out.mkdir()
+        started_s = time.perf_counter()
+        command = [program, "-z", "n", "-b", "n", "-o", str(out), "-f", "%s_%j_%d", str(folder / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        took_s = time.perf_counter() - started_s
+        written = sum(path.stat().st_size for path in out.glob("*.nii"))
+        assert written, f"dcm2niix wrote nothing: {done.stdout}{done.stderr}"
+        shutil.rmtree(out)
+        return took_s
+
+    taken = [(run("one"), run("many")) for _ in range(rounds)]
+    one_s, many_s = (statistics.median(times) for times in zip(*taken, strict=True))
+    return (many_s - one_s) / (COPIES - 1) / len(paths) * 1000
+
+
+def as_another_series(content: bytes, copy: int) -> bytes:
+    """The same file with the last two characters of its series' identifier changed."""
+    found = re.search(rb"\x20\x00\x0e\x00(?:UI..|....)([\x20-\x7e]+)", content, re.S)
+    assert found is not None
+    return content[: found.end(1) - 2] + f"{copy:02d}".encode() + content[found.end(1) :]
+
+
+def measure_two_workers(tasks: list[StudyTask], count: int, folder: Path) -> float:
+    """How much faster two Dask workers are than one, from the first result to the last: their start is left out."""
+
+    def rate(workers: int) -> float:
+        def draw() -> Iterator[list[StudyTask]]:
+            for number in range(count):
+                yield [tasks[number % len(tasks)]._replace(fingerprint=f"{workers}-{number}")]
+
+        finished_s = [time.perf_counter() for _ in run_tasks(make_shards, draw(), workers=workers, scheduler=None)]
+        skipped = 2 * workers  # the first of each worker imports the code
+        return (len(finished_s) - skipped - 1) / (finished_s[-1] - finished_s[skipped])
+
+    one, two = rate(1), rate(2)
+    return round(two / one, 2)
+
+
+def measure_rescan(folder: Path, files: int) -> dict[str, Any]:
+    """Microseconds a file of a second `index` that finds nothing changed."""
+    source = folder / "small"
+    source.mkdir()
+    template = make_template(FORMS[0], folder)
+    for number in range(files):
+        (source / f"{number}.dcm").write_bytes(template.fill(number))
+    config = configure(source, 32)
+    config = config.model_copy(update={"preprocess": config.preprocess.model_copy(update={"workers": "auto"})})
+    _, headers, _ = build_manifest(config)
+    write_parquet(folder / "headers.parquet", headers)
+    started_s = time.perf_counter()
+    manifest, _, _ = build_manifest(config, headers)
+    write_manifest(folder / "manifest.parquet", manifest)
+    return {"rescan_us": round((time.perf_counter() - started_s) / files * 1e6, 2)}
 
 
 if __name__ == "__main__":

@@ -100,9 +100,8 @@ def run_tasks(
         yield from _Window(client, function, tasks, describe).results()
 
 
-@cache
 def what_must_agree() -> dict[str, str]:
-    """The code and the libraries of this process, as they were when it first asked: a worker runs what it once imported."""
+    """The code and the libraries of this process."""
     folder = Path(__file__).parent
     code = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
@@ -115,12 +114,16 @@ def what_must_agree() -> dict[str, str]:
     return found
 
 
+as_imported = cache(what_must_agree)
+"""As it was when a worker first asked: it goes on with what it once imported, whatever the files say later."""
+
+
 def run_checked(call: bytes, expected: dict[str, str]) -> tuple[dict[str, str] | None, str, Any]:
     """Run a pickled (function, task) on a worker that has the driver's code and libraries; another tells what it has."""
     from distributed import get_worker
 
-    if what_must_agree() != expected:
-        return what_must_agree(), get_worker().address, None
+    if as_imported() != expected:
+        return as_imported(), get_worker().address, None
     function, task = pickle.loads(call)
     return None, "", function(task)
 
@@ -134,6 +137,7 @@ class _Window(Generic[Task, Result]):
         self.client, self.function, self.tasks, self.describe = client, function, iter(tasks), describe
         self.scheduler = f"the scheduler at {client.scheduler.address}"
         self.gone = f"{self.scheduler} went away; finished work is kept; start it again, and run the same command again"
+        self.expected = what_must_agree()
         self.running: dict[Any, Task] = {}  # by future, in the order of submission
         self.done: SimpleQueue[Any] = SimpleQueue()
         self.threads, self.looked_s, self.manned_s, self.is_waiting = 0, -LOOK_S, time.monotonic(), False
@@ -149,7 +153,7 @@ class _Window(Generic[Task, Result]):
         """Submit what keeps every worker busy; with no worker, enough for a cluster that grows with its queue to grow."""
         self._look_around()
         for task in islice(self.tasks, max(0, AHEAD * max(1, self.threads) - len(self.running))):
-            given = {"code": ON_THE_WORKER, "call": pickle.dumps((self.function, task)), "expected": what_must_agree()}
+            given = {"code": ON_THE_WORKER, "call": pickle.dumps((self.function, task)), "expected": self.expected}
             key = f"{getattr(self.function, '__name__', 'task')}-{uuid4().hex}"  # the dashboard shows what is before the dash
             future = self.client.submit(eval, "exec(code, globals()) or answer", given, key=key)
             self.running[future] = task
@@ -193,19 +197,15 @@ class _Window(Generic[Task, Result]):
             future.add_done_callback(self.done.put)
             return
         if refusal is not None:
-            raise _disagreement(worker, refusal)
+            pairs = [(name, self.expected[name], there) for name, there in refusal.items()]
+            differing = "; ".join(f"{name}: {here} here, {there} there" for name, here, there in pairs if here != there)
+            raise IchorError(
+                f"the worker at {worker} has other code than this process ({differing}); give the workers the same "
+                f"version, restart them, and run the same command again; finished work is kept"
+            )
         del self.running[future]
         future.release()
         yield result
-
-
-def _disagreement(worker: str, found: dict[str, str]) -> IchorError:
-    here = what_must_agree()
-    differing = [f"{name}: {here[name]} here, {there} there" for name, there in found.items() if here[name] != there]
-    return IchorError(
-        f"the worker at {worker} has other code than this process ({'; '.join(differing)}); give the workers the same version, "
-        f"restart them, and run the same command again; finished work is kept"
-    )
 
 
 @contextmanager

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import math
 import re
 import struct
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -30,10 +32,21 @@ from pydicom.uid import (
 )
 
 from pipeline.decoder import DecodeError, decode
-from pipeline.source import UNREADABLE_METHOD, ChangedError, Place, Scratch, read_head, read_part, read_whole
+from pipeline.errors import SourceError
+from pipeline.source import (
+    UNREADABLE_METHOD,
+    ChangedError,
+    DamagedError,
+    Place,
+    Scratch,
+    read_head,
+    read_part,
+    read_whole,
+)
 
 # RSNA's identifiers are no UIDs: pydicom would warn several times a file, millions of times over the set.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # what it says of a header may quote it
 
 NATIVE = (str(ExplicitVRLittleEndian), str(ImplicitVRLittleEndian))
 """Transfer syntaxes whose pixel data lie in the file as they are (PS3.5 A.1, A.2)."""
@@ -73,7 +86,19 @@ TAGS: dict[str, int] = {
     "slope": 0x00281053,
 }
 NAMES = {tag: name for name, tag in TAGS.items()}
-MEDIA_SOP_CLASS_TAG, TRANSFER_SYNTAX_TAG = 0x00020002, 0x00020010
+MEDIA_SOP_CLASS_TAG, TRANSFER_SYNTAX_TAG, CHARACTER_SET_TAG = 0x00020002, 0x00020010, 0x00080005
+WANTED = frozenset((*NAMES, CHARACTER_SET_TAG))
+PLAIN_UID, PLAIN_CHARACTER_SET = re.compile(rb"[0-9.]{1,64}[ \0]*"), re.compile(rb"[A-Z0-9_ \\]*\0?")
+"""What the walk takes; of anything else pydicom shall make what it can."""
+
+PIXEL_DATA_TAGS = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")
+ITEM_TAG = b"\xfe\xff\x00\xe0"
+PIXEL_ELEMENT_BYTES = 12
+"""Tag, VR and length of (7FE0,0010) where they are longest."""
+
+PIXEL_VRS = (b"OW", b"OB", b"UN")
+"""An implicit header has a length here. Read as one, each of these is odd, which no length is (PS3.5 7.1.1)."""
+
 UNDEFINED_LENGTH = 0xFFFFFFFF
 LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
@@ -83,6 +108,11 @@ IMAGE_TYPES = frozenset(
     ("ORIGINAL", "DERIVED", "PRIMARY", "SECONDARY", "AXIAL", "LOCALIZER", "REFORMATTED", "MPR", "VOLUME", "PROJECTION")
 )
 """The words of Image Type that are kept (PS3.3 C.8.2.1.1.1): free text may hold anything, a name too."""
+
+MODALITIES = frozenset(
+    "CT CR DG DX ECG ES GM IO KO MG MR NM OP OT PR PT PX REG RF RTDOSE RTIMAGE RTPLAN RTSTRUCT SC SEG SM SR US XA XC".split()
+)
+"""The modalities that are told (PS3.3 C.7.3.1.1.1); of the rest it is enough to know that they are not CT."""
 
 PHOTOMETRIC = frozenset(("MONOCHROME1", "MONOCHROME2", "RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_RCT"))
 
@@ -156,6 +186,8 @@ def read_headers(place: Place, *, patient_salt: str) -> list[Header]:
         return [_interpret(walked, patient_salt=patient_salt)]
     except ChangedError:
         return [Header(fault="unreadable")]
+    except SourceError:  # the storage itself is out of reach, which is no fault of the file
+        raise
     except Exception:  # a mutated file can make a parser raise anything; the file is named, the run goes on
         return [Header(fault="unreadable")]
 
@@ -175,20 +207,24 @@ def _walk(head: bytes) -> Walked | None:
     undefined length before the pixel data. None for every other file: pydicom shall read it."""
     if head[128:132] != b"DICM":
         return None
-    meta, at = _walk_elements(head, 132, explicit=True, stop_group=0x0003, wanted=(MEDIA_SOP_CLASS_TAG, TRANSFER_SYNTAX_TAG))
+    meta, at = _walk_elements(
+        head, 132, explicit=True, stop_group=0x0003, wanted=(MEDIA_SOP_CLASS_TAG, TRANSFER_SYNTAX_TAG)
+    )
     syntax = _text(meta.get(TRANSFER_SYNTAX_TAG))
-    if at < 0 or not syntax or syntax in (DEFLATED_SYNTAX, str(ExplicitVRBigEndian)):
+    if at < 0 or not PLAIN_UID.fullmatch(meta.get(TRANSFER_SYNTAX_TAG, b"")):
+        return None
+    if syntax in (DEFLATED_SYNTAX, str(ExplicitVRBigEndian)):
         return None
     explicit = syntax != str(ImplicitVRLittleEndian)
-    found, at = _walk_elements(head, at, explicit=explicit, stop_group=0x7FE0, wanted=NAMES.keys())
-    if at < 0 or head[at : at + 4] != b"\xe0\x7f\x10\x00" or len(head) < at + 12:
+    found, at = _walk_elements(head, at, explicit=explicit, stop_group=0x7FE0, wanted=WANTED)
+    if at < 0 or head[at : at + 4] != PIXEL_DATA_TAGS[0] or len(head) < at + PIXEL_ELEMENT_BYTES:
         return None
-    if explicit:
-        if head[at + 4 : at + 6] not in (b"OW", b"OB"):
-            return None
-        offset, length = at + 12, int.from_bytes(head[at + 8 : at + 12], "little")
-    else:
-        offset, length = at + 8, int.from_bytes(head[at + 4 : at + 8], "little")
+    if explicit != (head[at + 4 : at + 6] in PIXEL_VRS):  # not what the transfer syntax says
+        return None
+    if not PLAIN_CHARACTER_SET.fullmatch(found.pop(CHARACTER_SET_TAG, b"")):
+        return None
+    start, offset = (at + 8, at + 12) if explicit else (at + 4, at + 8)
+    length = int.from_bytes(head[start:offset], "little")
     values = {"sop_class": meta.get(MEDIA_SOP_CLASS_TAG, b"")}  # RSNA's data sets have none of their own
     values |= {NAMES[tag]: value for tag, value in found.items()}
     return Walked(values, syntax, True, offset, length)
@@ -236,7 +272,7 @@ def _read_with_pydicom(place: Place, head: bytes, *, patient_salt: str) -> list[
     whole = head
     try:
         dataset, file = _parse(head)
-        is_complete = len(head) >= place.size or dataset is None or _reached_pixels(file)
+        is_complete = len(head) >= place.size or dataset is None or _has_reached_pixels(file)
     except Exception:
         if len(head) >= place.size:
             raise
@@ -248,9 +284,7 @@ def _read_with_pydicom(place: Place, head: bytes, *, patient_salt: str) -> list[
         return [Header(fault="not_dicom")]
     walked = _take(dataset, file)
     if _text(walked.values["sop_class"]) in ENHANCED:
-        complete = pydicom.dcmread(
-            io.BytesIO(read_whole(place) if len(whole) < place.size else whole), stop_before_pixels=True, force=True
-        )
+        complete = _read_quietly(io.BytesIO(read_whole(place) if len(whole) < place.size else whole), force=True)
         return list(_frames(complete, _interpret(walked, patient_salt=patient_salt)))
     return [_interpret(walked, patient_salt=patient_salt)]
 
@@ -260,21 +294,28 @@ def _parse(content: bytes) -> tuple[pydicom.FileDataset | None, io.BytesIO]:
     tags: list[Any] = list(TAGS.values())
     file = io.BytesIO(content)
     try:
-        return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags), file
+        return _read_quietly(file, specific_tags=tags), file
     except InvalidDicomError:
-        group = int.from_bytes(content[:2], "little")
-        if group not in (0x0002, 0x0008):  # a data set without preamble starts with one of these groups
+        # a data set without preamble starts with group 0002 or 0008, the latter perhaps big endian
+        is_big = content[:2] == b"\x00\x08" and content[4:6] in SHORT_VRS
+        if content[:2] not in (b"\x02\x00", b"\x08\x00") and not is_big:
             return None, file
         file.seek(0)
-        dataset = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
+        dataset = _read_quietly(file, specific_tags=tags, force=True)
         return (dataset if len(dataset) else None), file
 
 
-def _reached_pixels(file: io.BytesIO) -> bool:
+def _read_quietly(file: io.BytesIO, **how: Any) -> pydicom.FileDataset:
+    with warnings.catch_warnings(action="ignore"):  # it is read or it is not: warnings would quote it
+        return pydicom.dcmread(file, stop_before_pixels=True, **how)
+
+
+def _has_reached_pixels(file: io.BytesIO) -> bool:
+    """Whether the element of the pixel data comes next, with its whole length."""
     at = file.tell()
-    tag = file.read(4)
+    element = file.read(PIXEL_ELEMENT_BYTES)
     file.seek(at)
-    return tag in (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")
+    return element[:4] in PIXEL_DATA_TAGS and len(element) == PIXEL_ELEMENT_BYTES
 
 
 def _take(dataset: pydicom.FileDataset, file: io.BytesIO) -> Walked:
@@ -284,18 +325,18 @@ def _take(dataset: pydicom.FileDataset, file: io.BytesIO) -> Walked:
         if element is not None and isinstance(element.value, bytes):
             values[name] = element.value
     syntax = str(dataset.file_meta.get("TransferSyntaxUID", "")).strip()
-    implicit, little = dataset.original_encoding
+    implicit, little = dataset.original_encoding  # as the transfer syntax says, or what pydicom found without one
     if not syntax:  # a data set without a file meta group: pydicom has found its encoding out
         syntax = str(ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian)
     offset = length = -1
     if syntax != DEFLATED_SYNTAX:
         at = file.tell()
-        element_bytes = file.read(12)
-        if element_bytes[:4] in (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10"):
-            offset = at + (8 if implicit else 12)
-            length = int.from_bytes(
-                element_bytes[4:8] if implicit else element_bytes[8:12], "little" if little else "big"
-            )
+        start_bytes = file.read(PIXEL_ELEMENT_BYTES)
+        if start_bytes[:4] in PIXEL_DATA_TAGS:
+            # asked of the element itself: a data set may be implicit whatever its transfer syntax says, and pydicom copes
+            start = 8 if start_bytes[4:6] in PIXEL_VRS else 4
+            offset = at + start + 4
+            length = int.from_bytes(start_bytes[start : start + 4], "little" if little else "big")
     return Walked(values, syntax, bool(little), offset, length)
 
 
@@ -311,12 +352,11 @@ def _interpret(walked: Walked, *, patient_salt: str) -> Header:
         value = get(name) or b""
         return int.from_bytes(value[:2], "little" if little else "big") if len(value) >= 2 else -1
 
-    signed = integer("signed")
-    padding = integer("padding")
+    signed, bits_stored = integer("signed"), integer("bits_stored")
     return Header(
         fault="dicomdir" if _text(get("sop_class")) == MediaStorageDirectoryStorage else "",
         transfer_syntax=walked.transfer_syntax if re.fullmatch(r"[0-9.]{1,64}", walked.transfer_syntax) else "",
-        modality=modality if re.fullmatch(r"[A-Z]{2,3}", modality) else "",
+        modality=modality if modality in MODALITIES else "",
         image_type="\\".join(word for word in _text(get("image_type")).upper().split("\\") if word in IMAGE_TYPES),
         study_uid=study_uid,
         series_uid=_text(get("series_uid")),
@@ -341,18 +381,28 @@ def _interpret(walked: Walked, *, patient_salt: str) -> Header:
         photometric=photometric if photometric in PHOTOMETRIC else "",
         frames=_integer_text(get("frames"), absent=1),
         bits_allocated=integer("bits_allocated"),
-        bits_stored=integer("bits_stored"),
+        bits_stored=bits_stored,
         high_bit=integer("high_bit"),
         signed=signed,
         intercept=_floats(get("intercept"), 1)[0],
         slope=_floats(get("slope"), 1)[0],
-        # written as unsigned in signed data too: 63536 is −2000
-        padding=np.nan if padding < 0 else float(padding - 65536 if signed == 1 and padding >= 32768 else padding),
+        padding=_as_stored(integer("padding"), bits_stored=bits_stored, signed=signed == 1),
         window_centre=_floats(get("window_centre"), 1)[0],  # may be multi-valued: the first one counts
         window_width=_floats(get("window_width"), 1)[0],
         pixel_offset=pixel_offset,
         pixel_length=-1 if pixel_length == UNDEFINED_LENGTH else pixel_length,
     )
+
+
+def _as_stored(padding: int, *, bits_stored: int, signed: bool) -> float:
+    """(0028,0120) as the pixels that it speaks of are read: by their sign and their bits (PS3.3 C.7.5.1.1.2). It is often written
+    as unsigned in signed data (63536 is −2000), or with more bits than the pixels have."""
+    if padding < 0:
+        return math.nan
+    if not 1 <= bits_stored <= 16:
+        return float(padding)
+    padding &= (1 << bits_stored) - 1
+    return float(padding - (1 << bits_stored) if signed and padding >> (bits_stored - 1) else padding)
 
 
 def _frames(dataset: pydicom.FileDataset, whole: Header) -> Iterator[Header]:
@@ -395,7 +445,11 @@ def _frames(dataset: pydicom.FileDataset, whole: Header) -> Iterator[Header]:
             row_spacing_mm=spacing[0],
             column_spacing_mm=spacing[1],
             thickness_mm=_floats(look("PixelMeasuresSequence", "SliceThickness"), 1)[0],
-            kernel=_kernel_class(_text(look("CTReconstructionSequence", "ConvolutionKernel")), ""),
+            kernel=_kernel_class(
+                _text(look("CTReconstructionSequence", "ConvolutionKernel")),
+                _text(look("CTReconstructionSequence", "ConvolutionKernelGroup")),
+            )
+            or whole.kernel,
             intercept=_floats(look("PixelValueTransformationSequence", "RescaleIntercept"), 1)[0],
             slope=_floats(look("PixelValueTransformationSequence", "RescaleSlope"), 1)[0],
             window_centre=_floats(look("FrameVOILUTSequence", "WindowCenter"), 1)[0],
@@ -410,23 +464,24 @@ def patient_key(patient_id: str, *, salt: str) -> str:
     return hashlib.blake2b(patient_id.encode(), key=salt.encode(), digest_size=8).hexdigest()
 
 
-BONE_WORDS = re.compile(
-    r"\b(bone|bones|knochen|os|osseux|osteo|edge|lung|sharp|detail|inner ?ear|temporal)\b|bone", re.I
-)
-SOFT_WORDS = re.compile(r"\b(soft|stnd|standard|std|brain|cerebral|hirn|stroke|posterior fossa)\b|brain|soft", re.I)
-SIEMENS_KERNEL = re.compile(r"^[BHUJQ][rsv]?(\d\d)[a-z]?", re.I)
-PHILIPS_KERNEL = {
-    "UA": "soft",
-    "UB": "soft",
-    "A": "soft",
-    "B": "soft",
-    "UC": "soft",
-    "EC": "soft",
-    "D": "bone",
-    "YD": "bone",
-}
+BONE_WORDS = re.compile(r"bone|knochen|osteo|hueso|\b(os|osseux|osso|oseo)\b|inner ?ear|petrous|temporal", re.I)
+SOFT_WORDS = re.compile(r"soft|stnd|standard|\bstd\b|smooth|brain|cereb|hirn|stroke|posterior fossa|weichteil", re.I)
+SHARP_WORDS = re.compile(r"sharp|edge|lung|detail|ultra", re.I)
+"""Asked in this order: "brain bone" is for bone, "brain sharp" for the brain; GE's words are STANDARD, SOFT, DETAIL, BONE, EDGE."""
+
+SIEMENS_KERNEL = re.compile(r"(?!FC)[A-Z][a-z]{0,2}(\d\d)[a-z]{0,2}\b", re.I)
 SHARPEST_SOFT = 49
-"""Siemens numbers its kernels by sharpness: head kernels to 49 are soft tissue, from 50 on bone."""
+"""Siemens has a letter for the part of the body and a number for sharpness (H31s, J40s, Hr38, Hc44): to 49 soft, from 50 on bone."""
+
+TOSHIBA_KERNEL = re.compile(r"FC(\d\d)", re.I)
+TOSHIBA_SHARP = (3, 5, 8)
+"""Tens of Toshiba's and Canon's numbers for bone (FC30), lung (FC51) and high resolution (FC81); FC2x, FC4x and FC6x are for the
+brain, FC0x and FC1x for the body."""
+
+PHILIPS_KERNEL = dict.fromkeys(("A", "B", "UA", "UB", "UC", "EC"), "soft") | dict.fromkeys(
+    ("D", "E", "YA", "YB", "YC", "YD"), "bone"
+)
+"""Smooth, standard, and the brain's three; detail, and the Y-sharp ones."""
 
 
 def _kernel_class(kernel: str, description: str) -> str:
@@ -435,13 +490,14 @@ def _kernel_class(kernel: str, description: str) -> str:
     first = kernel.split("\\")[0].strip()
     if first.upper() in PHILIPS_KERNEL:
         return PHILIPS_KERNEL[first.upper()]
+    if toshiba := TOSHIBA_KERNEL.match(first):
+        return "bone" if int(toshiba[1]) // 10 in TOSHIBA_SHARP else "soft"
     if siemens := SIEMENS_KERNEL.match(first):
         return "soft" if int(siemens[1]) <= SHARPEST_SOFT else "bone"
     for text in (first, description):
-        if BONE_WORDS.search(text):
-            return "bone"
-        if SOFT_WORDS.search(text):
-            return "soft"
+        for words, kind in ((BONE_WORDS, "bone"), (SOFT_WORDS, "soft"), (SHARP_WORDS, "bone")):
+            if words.search(text):
+                return kind
     return ""
 
 
@@ -513,30 +569,64 @@ def read_stored(
     kind = np.dtype("<i2" if signed else "<u2")
     try:
         if transfer_syntax not in NATIVE or pixel_offset < 0:
-            stored = decode(read_whole(place), frame=max(0, frame), rows=rows, columns=columns)
+            stored = _decode_twice(read_whole(place), frame=max(0, frame), rows=rows, columns=columns)
             if stored.dtype.itemsize != 2:
                 raise PixelFault("undecodable")
             return np.require(stored, requirements=["C", "W"])
         content = read_part(place, pixel_offset, length, scratch)
+    except DamagedError:
+        raise PixelFault("undecodable") from None
     except ChangedError:
         raise PixelFault("changed") from None
     except DecodeError as error:
         raise PixelFault(error.code) from None
     if len(content) != length:
         raise PixelFault("truncated_pixels")
+    if (
+        content[:4] == ITEM_TAG
+    ):  # encapsulated, whatever the transfer syntax says: −2 and −8192 are no CT's first values
+        raise PixelFault("undecodable")
     stored = np.frombuffer(content, kind).reshape(rows, columns)
     if not stored.flags.writeable:  # out of a zip, or a store of objects
         stored = stored.copy()
     return _clear_unused_bits(stored, bits_stored=bits_stored)
 
 
+def _decode_twice(content: bytes, *, frame: int, rows: int, columns: int) -> Stored:
+    """Decode; where the decoder died, once more in a new one: the file before may have damaged it."""
+    try:
+        return decode(content, frame=frame, rows=rows, columns=columns)
+    except DecodeError as error:
+        if error.code != "decoder_died":
+            raise
+    return decode(content, frame=frame, rows=rows, columns=columns)
+
+
 def _clear_unused_bits(stored: Stored, *, bits_stored: int) -> Stored:
     """Bits above Bits Stored mean nothing (PS3.5 8.1.1): clear them, or carry the sign into them; in place."""
     unused = 16 - bits_stored
+    if unused <= 0:
+        return stored
     is_signed = stored.dtype.kind == "i"
-    if unused > 0 and (
-        stored.max() >= 1 << (bits_stored - is_signed) or stored.min() < -(1 << (bits_stored - 1)) * is_signed
-    ):
+    beyond = stored.max() >> (bits_stored - is_signed) > 0 or (is_signed and stored.min() < -(1 << (bits_stored - 1)))
+    if beyond:
         np.left_shift(stored, unused, out=stored)
         np.right_shift(stored, unused, out=stored)
     return stored
+
+
+def read_picture(place: Place, *, frame: int, rows: int, columns: int) -> npt.NDArray[Any] | None:
+    """What can be seen of a file that was excluded: [row, column], or [row, column, 3] in colour; None where nothing can."""
+    try:
+        content = read_whole(place)
+        dataset = pydicom.dcmread(io.BytesIO(content), force=True)
+        if dataset.file_meta.get("TransferSyntaxUID") not in NATIVE:
+            return decode(content, frame=max(0, frame), rows=rows, columns=columns)
+        pixels: npt.NDArray[Any] = dataset.pixel_array
+    except (ChangedError, DecodeError):
+        return None
+    except Exception:  # what was excluded may be damaged in any way
+        return None
+    if pixels.ndim == 3 and pixels.shape[-1] != 3:  # several frames: the middle one
+        pixels = pixels[max(0, frame) or len(pixels) // 2]
+    return pixels if pixels.ndim in (2, 3) else None

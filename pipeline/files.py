@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pandas as pd
 
@@ -23,7 +25,8 @@ def written_whole(path: Path, *, synced: bool = True) -> Iterator[Path]:
     A DVC output may be a read-only hard link into its cache: renaming over it replaces the name and leaves the cache be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # of this process alone: on a cluster two workers may make one study, and in containers have one process id
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.tmp")
     try:
         yield temporary
         if synced:
@@ -43,13 +46,21 @@ def write_bytes(path: Path, content: bytes, *, synced: bool = True) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, indented, in the order given; whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    _write_output(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_parquet(path: Path, table: pd.DataFrame) -> None:
     """Write a table without its index; whole or not at all; equal tables give equal bytes."""
-    with written_whole(path) as temporary:
-        table.to_parquet(temporary, index=False, compression="zstd")
+    _write_output(path, table.to_parquet(index=False, compression="zstd"))
+
+
+def _write_output(path: Path, content: bytes) -> None:
+    try:
+        write_bytes(path, content)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise disk_full(path.parent, len(content), path.name) from None
 
 
 def sync(path: Path) -> None:
@@ -69,7 +80,16 @@ def replace_folder(new: Path, final: Path) -> None:
         os.replace(final, old)
     os.replace(new, final)
     sync(final.parent)
-    remove_folder(old)
+    remove_leftovers(final.parent, f".{final.name}.*.old")  # one that was killed here before may have left its own
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove what killed runs left under temporary names. Only for who knows that nobody else is at work there."""
+    for path in folder.glob(pattern):
+        if path.is_dir():
+            remove_folder(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path) -> None:
@@ -91,6 +111,20 @@ def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
             f"{folder}: {what} needs about {human_bytes(needed_bytes)}, but {human_bytes(free_bytes)} are free; "
             f"free some space or give --data another disk"
         )
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether there was no space left, or none that this user may have."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_full(folder: Path, needed_bytes: float, what: str) -> IchorError:
+    """The error of a run that filled the disk where `folder` is."""
+    return IchorError(
+        f"{folder}: the disk is full; {what} needs about {human_bytes(needed_bytes)}, "
+        f"{human_bytes(shutil.disk_usage(folder).free)} are free; free some space and run the same command again: "
+        f"what is finished is kept"
+    )
 
 
 def human_bytes(count: float) -> str:

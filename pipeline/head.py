@@ -1,8 +1,8 @@
 """Where the head lies in a study's field of view, so that a slice's pixels go to the head and not to the air around it.
 
-A head fills half of a field of view of 250 mm, and a fifth of one of 400. The box is found on a coarse copy of the whole
-study, in HU, and is one for the study: neighbouring slices stay comparable, and the vertex is not blown up to the size of
-the skull.
+A head fills less than half of a field of view of 250 mm, and a sixth of one of 400. The box is found on a coarse copy of
+the whole study, in HU, and is one for the study: neighbouring slices stay comparable, and the vertex is not blown up to
+the size of the skull.
 
 Head holders are thin shells, tables are shells around foam, and foam is nearly air; a head is thick. So what is thin goes
 (an opening), the largest piece over all slices stays, and what the opening took from ears and nose comes back in short
@@ -88,7 +88,7 @@ def find_head(coarse_hu: npt.NDArray[np.floating], *, side_mm: float) -> Box | N
 
 
 def find_mask(coarse_hu: npt.NDArray[np.floating], *, side_mm: float) -> npt.NDArray[np.bool_] | None:
-    """The head's pixels, bool [slice, row, column]; none in slices that are blank, garbage or show shoulders.
+    """The head's pixels, bool [slice, row, column]; none in slices that are blank or show shoulders.
 
     Arguments as for `find_head`. None if there is no head.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import cv2
 import numpy as np
@@ -39,6 +40,9 @@ PADDING_VALUES = 16
 NOISE_STEP_HU = 400.0
 """Mean difference of two neighbouring rows. 40 to 120 HU in heads, 1365 where 12-bit values are drawn at random."""
 
+SAMPLED = 8
+"""Of so many rows and columns one is looked at: 4,096 pixels of 512²."""
+
 COARSE_SIZE = 128
 """Rows and columns in which the head is looked for."""
 
@@ -47,12 +51,13 @@ PixelsHU = npt.NDArray[np.float32]
 Stored = npt.NDArray[np.integer]
 
 
-def is_wrapped(bits_stored: int, signed: bool, intercept: float) -> bool:
+def is_wrapped(bits_stored: Any, signed: Any, intercept: Any) -> Any:
     """Whether a slice has the 12-bit wrap: unsigned 12-bit data with an intercept near 0 cannot hold air.
 
-    123 slices of RSNA 2019 have it. Signed slices with intercept 0 are right as they are.
+    123 slices of RSNA 2019 have it. Signed slices with intercept 0 are right as they are. Of numbers or, element by element, of arrays.
     """
-    return bits_stored == 12 and not signed and WRAP_INTERCEPTS[0] < intercept < WRAP_INTERCEPTS[1]
+    near_zero = (intercept > WRAP_INTERCEPTS[0]) & (intercept < WRAP_INTERCEPTS[1])
+    return (bits_stored == 12) & (signed == 0) & near_zero
 
 
 def unwrap(stored: Stored) -> Stored:
@@ -72,23 +77,24 @@ def stored_to_hu(stored: Stored, *, slope: float, intercept: float) -> PixelsHU:
     return np.maximum(pixels_hu, np.float32(AIR_HU), out=pixels_hu)
 
 
+def lowest_hu(stored: Stored, *, slope: float, intercept: float) -> float:
+    """Lowest HU of a slice, its padding included."""
+    return slope * float(stored.min() if slope > 0 else stored.max()) + intercept
+
+
 def is_garbage(stored: Stored, *, slope: float, intercept: float) -> bool:
     """Whether values are no CT's: out of any scanner's range for too much of the slice, or noise from row to row.
 
-    What some decoders make of a damaged file without a word, and the half noise of ID_b79eed528.
+    What some decoders make of a damaged file without a word, and the half noise of ID_b79eed528. Looks at a sample of the pixels.
     """
-    ends_hu = slope * np.array([stored.min(), stored.max()], np.float64) + intercept
-    if ends_hu.max() > HIGHEST_HU:
-        limit = (HIGHEST_HU - intercept) / slope
-        beyond = np.count_nonzero(stored > limit if slope > 0 else stored < limit)
-        if beyond > GARBAGE_SHARE * stored.size:
-            return True
-    if ends_hu.min() < LOWEST_HU:
-        limit = (LOWEST_HU - intercept) / slope
-        sample = stored[::4, ::4]
-        below = sample[sample < limit] if slope > 0 else sample[sample > limit]
-        if len(below) > GARBAGE_SHARE * sample.size and len(np.unique(below)) > PADDING_VALUES:
-            return True
+    sample_hu = stored[::SAMPLED, ::SAMPLED].astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    most = GARBAGE_SHARE * sample_hu.size
+    if np.count_nonzero(sample_hu > HIGHEST_HU) > most:
+        return True
+    below = sample_hu[sample_hu < LOWEST_HU]
+    # nearly always one value, if any: only where it is not, they are counted
+    if np.count_nonzero(below != below[:1]) > most and len(np.unique(below)) > PADDING_VALUES:
+        return True
     upper, lower = stored[:-1:16, ::2].astype(np.int32), stored[1::16, ::2]
     step_hu = np.abs(upper - lower).mean(axis=1) * abs(slope)
     return bool((step_hu > NOISE_STEP_HU).mean() > GARBAGE_SHARE)
@@ -149,9 +155,17 @@ class Converter:
         self._pixels = np.empty((image_size, image_size, len(self.windows)), np.uint8)
         self._coarse = np.empty((COARSE_SIZE, COARSE_SIZE), np.float32)
         self._floats = np.empty((0, 0), np.float32)
+        self._air: Stored = np.empty((0, 0), np.int16)
 
     def window(
-        self, stored: Stored, *, slope: float, intercept: float, spacing_mm: tuple[float, float], box: Box
+        self,
+        stored: Stored,
+        *,
+        slope: float,
+        intercept: float,
+        spacing_mm: tuple[float, float],
+        box: Box,
+        is_padded: bool = True,
     ) -> Pixels:
         """Resample a slice and apply the windows: HU at centre − width/2 becomes 0, at centre + width/2 becomes 255 (PS3.3
         C.11.2.1.3.2, LINEAR_EXACT).
@@ -162,10 +176,13 @@ class Converter:
             intercept: (0028,1052) Rescale Intercept.
             spacing_mm: between rows, and between columns: (0028,0030) Pixel Spacing.
             box: the square to show, in mm from the centre of the slice; what it reaches beyond is air.
+            is_padded: whether there may be values below air, which are to be raised to it.
 
         Returns:
             uint8 [row, column, window], rounded to the nearest grey level; good until the next call.
         """
+        if is_padded:
+            self._raise_to_air(stored, slope=slope, intercept=intercept)
         self._resample(stored, self._resampled, slope=slope, intercept=intercept, spacing_mm=spacing_mm, box=box)
         for window, plane in zip(self.windows, self._planes, strict=True):
             gain = 255.0 / window.width
@@ -182,6 +199,7 @@ class Converter:
         self, stored: Stored, *, slope: float, intercept: float, spacing_mm: tuple[float, float], box: Box
     ) -> PixelsHU:
         """Resample a slice to the size in which the head is looked for: float32 [`COARSE_SIZE`, `COARSE_SIZE`] in HU."""
+        self._raise_to_air(stored, slope=slope, intercept=intercept)
         self._resample(stored, self._coarse, slope=slope, intercept=intercept, spacing_mm=spacing_mm, box=box)
         return self._coarse * np.float32(slope) + np.float32(intercept)
 
@@ -197,7 +215,10 @@ class Converter:
     ) -> None:
         """Fill the square `out` with what lies in the box: areas averaged where it shrinks, else linear; air around."""
         air = (AIR_HU - intercept) / slope
-        floats = self._to_float(stored, air=air, slope=slope)
+        if self._floats.shape != stored.shape:
+            self._floats = np.empty(stored.shape, np.float32)
+        np.copyto(self._floats, stored)
+        floats = self._floats
         size = len(out)
         rows = _overlap(floats.shape[0], spacing_mm[0], start_mm=box.top_mm, side_mm=box.side_mm, size=size)
         columns = _overlap(floats.shape[1], spacing_mm[1], start_mm=box.left_mm, side_mm=box.side_mm, size=size)
@@ -213,16 +234,14 @@ class Converter:
         out.fill(air)
         out[top : top + height, left : left + width] = cv2.resize(source, (width, height), interpolation=how)
 
-    def _to_float(self, stored: Stored, *, air: float, slope: float) -> PixelsHU:
-        limits = np.iinfo(stored.dtype)
-        if slope > 0 and stored.min() < air:
-            np.maximum(stored, np.array(min(math.ceil(air), limits.max), stored.dtype), out=stored)
-        elif slope < 0 and stored.max() > air:
-            np.minimum(stored, np.array(max(math.floor(air), limits.min), stored.dtype), out=stored)
-        if self._floats.shape != stored.shape:
-            self._floats = np.empty(stored.shape, np.float32)
-        np.copyto(self._floats, stored)
-        return self._floats
+    def _raise_to_air(self, stored: Stored, *, slope: float, intercept: float) -> None:
+        """Raise what is below air to it, in place."""
+        limits, air = np.iinfo(stored.dtype), (AIR_HU - intercept) / slope
+        value = min(max(math.ceil(air) if slope > 0 else math.floor(air), limits.min), limits.max)
+        if self._air.shape != stored.shape or self._air.dtype != stored.dtype or self._air[0, 0] != value:
+            self._air = np.full(stored.shape, value, stored.dtype)
+        # beside an array, as numpy takes five times as long beside a single number
+        (np.maximum if slope > 0 else np.minimum)(stored, self._air, out=stored)
 
 
 def _overlap(

@@ -34,10 +34,12 @@ AXIAL_COSINE = np.cos(np.deg2rad(45.0))
 """A plane is axial if its normal is nearer to the body's axis than to any other: gantries tilt up to 30°."""
 
 PLAUSIBLE_SPACING_MM = (0.01, 20.0)
+WIDEST_FIELD_MM = 1000.0
 FARTHEST_MM = 100_000.0
 STEEPEST_SLOPE, FARTHEST_INTERCEPT_HU = 100.0, 32_768.0
 FEWEST_PIXELS = 16
-"""Beyond these a header is wrong whatever made it, and would only make rubbish, or fail, further on."""
+"""Beyond these a header is wrong whatever made it, and would only make rubbish, or fail, further on. No gantry is a metre wide,
+and one slice that claims to be would make all of its study small."""
 
 HEADER_COLUMNS = list(Header._fields)
 PIXEL_COLUMNS = ["transfer_syntax", "frame", "rows", "columns", "bits_stored", "signed", "pixel_offset"]
@@ -135,7 +137,13 @@ def _read_new(new: pd.DataFrame, config: Config) -> pd.DataFrame:
 
 def _run(function: Any, tasks: Iterator[Any], count: int, config: Config) -> Iterator[Any]:
     workers = 0 if count <= FILES_PER_TASK else config.preprocess.workers  # not worth starting processes for
-    return run_tasks(function, tasks, workers=workers, scheduler=config.preprocess.scheduler)
+    return run_tasks(
+        function,
+        tasks,
+        workers=workers,
+        scheduler=config.preprocess.scheduler,
+        describe=lambda task: task[1][0].container,
+    )
 
 
 def _places(files: pd.DataFrame, config: Config) -> Iterator[Place]:
@@ -158,7 +166,8 @@ def classify(headers: pd.DataFrame, config: Config) -> pd.DataFrame:
     equal positions by image id. Pixel digests of slices that share an identifier are added to `headers`, for the next run.
     """
     manifest = headers.drop(columns=["version", "pixel_digest"])
-    reason = _header_faults(manifest)
+    normal = normals(manifest)
+    reason = _header_faults(manifest, normal)
     _exclude_foreign(manifest, reason)
     _compare_duplicates(headers, reason, config)
     axial = (reason == "").to_numpy()
@@ -170,7 +179,7 @@ def classify(headers: pd.DataFrame, config: Config) -> pd.DataFrame:
     reason[repairs.index] = repairs
     statuses = {"": USED, **{code: status for code, (status, _) in REASONS.items()}}
     manifest["turn"] = pd.Series(turns, index=slices.index).reindex(manifest.index, fill_value=0)
-    manifest["tilt_deg"] = measure_tilts(manifest)
+    manifest["tilt_deg"] = measure_tilts(normal)
     manifest["position_mm"] = pd.Series(measure_positions(slices), index=slices.index)
     longest_mm = np.maximum(slices["rows"] * slices["row_spacing_mm"], slices["columns"] * slices["column_spacing_mm"])
     manifest["field_mm"] = longest_mm.groupby(slices["study_uid"]).transform("max")
@@ -178,7 +187,7 @@ def classify(headers: pd.DataFrame, config: Config) -> pd.DataFrame:
     return _in_order(manifest)
 
 
-def _header_faults(files: pd.DataFrame) -> pd.Series:
+def _header_faults(files: pd.DataFrame, normal: np.ndarray) -> pd.Series:
     """The first reason that applies to each slice, or an empty text."""
     geometry = [
         "position_x_mm",
@@ -196,7 +205,7 @@ def _header_faults(files: pd.DataFrame) -> pd.Series:
     native = files["transfer_syntax"].isin(NATIVE)
     single = native & (files["frame"] < 0)
     with np.errstate(invalid="ignore"):
-        axial = np.abs(normals(files)[:, 2]) >= AXIAL_COSINE
+        axial = np.abs(normal[:, 2]) >= AXIAL_COSINE
     tests = {
         "unreadable": files["fault"] == "unreadable",
         "zip_method": files["fault"] == "zip_method",
@@ -220,6 +229,7 @@ def _header_faults(files: pd.DataFrame) -> pd.Series:
         "not_axial": ~axial,
         "no_rescale": ~np.isfinite(files["slope"]) | ~np.isfinite(files["intercept"]) | (files["slope"] == 0),
         "implausible": ~((spacing >= PLAUSIBLE_SPACING_MM[0]) & (spacing <= PLAUSIBLE_SPACING_MM[1])).all(axis=1)
+        | (spacing > WIDEST_FIELD_MM / files[["rows", "columns"]].clip(lower=1).to_numpy()).any(axis=1)
         | ~(files[geometry[:3]].abs() < FARTHEST_MM).all(axis=1)
         | (files["slope"].abs() > STEEPEST_SLOPE)
         | (files["intercept"].abs() > FARTHEST_INTERCEPT_HU)
@@ -286,25 +296,38 @@ def _digest_batch(task: tuple[np.ndarray, list[Place], list[dict[str, Any]]]) ->
 
 def _repairs(slices: pd.DataFrame, turns: np.ndarray) -> pd.Series:
     """The repairs that headers ask for; where a slice needs several, the first of the documented list is named."""
-    wrapped = [
-        is_wrapped(bits, signed == 1, intercept)
-        for bits, signed, intercept in zip(slices["bits_stored"], slices["signed"], slices["intercept"], strict=True)
-    ]
+    wrapped = is_wrapped(slices["bits_stored"], slices["signed"], slices["intercept"]).to_numpy(bool)
     expected = slices["rows"] * slices["columns"] * 2
     surplus = slices["transfer_syntax"].isin(NATIVE) & (slices["pixel_length"] > expected + 1)
-    tests = {"wrap_12bit": np.array(wrapped, bool), "surplus_pixels": surplus.to_numpy(), "turned": turns != 0}
+    tests = {"wrap_12bit": wrapped, "surplus_pixels": surplus.to_numpy(), "turned": turns != 0}
     named = pd.Series(np.select(list(tests.values()), list(tests), default=""), index=slices.index, dtype=object)
     return named[named != ""]
 
 
 def _in_order(manifest: pd.DataFrame) -> pd.DataFrame:
-    slices = kept(manifest).sort_values(["study_uid", "position_mm", "image_id"], kind="stable")
-    study = pd.factorize(slices["study_uid"])[0]
-    gap_mm, spacing = measure_gaps(study, slices["position_mm"].to_numpy(float))
+    slices = kept(manifest)
+    codes, uids = pd.factorize(slices["study_uid"])
+    study = np.argsort(np.argsort(uids.to_numpy(object)))[codes]  # numbers in the order of the uids
+    position_mm = slices["position_mm"].to_numpy(float)
+    order = _sort_slices(study, position_mm, slices["image_id"])
+    slices = slices.iloc[order]
+    gap_mm, spacing = measure_gaps(study[order], position_mm[order])
     slices = slices.assign(gap_mm=gap_mm, spacing=spacing)
     rest = manifest[manifest["status"] == EXCLUDED].assign(gap_mm=np.nan, spacing="")
     ordered = pd.concat([slices, rest]).reset_index(drop=True)
     return ordered.astype({"spacing": "str"})
+
+
+def _sort_slices(study: np.ndarray, position_mm: np.ndarray, image_id: pd.Series) -> np.ndarray:
+    """The order by study, position and image id; the last, slow to sort, is asked only where two slices share a place."""
+    order = np.lexsort((position_mm, study))
+    if not len(order):
+        return order
+    same = np.flatnonzero((np.diff(study[order]) == 0) & (np.diff(position_mm[order]) == 0))
+    shared = order[np.union1d(same, same + 1)]
+    rank = np.zeros(len(study), np.int64)
+    rank[shared] = np.argsort(np.argsort(image_id.iloc[shared].to_numpy(object)))
+    return np.lexsort((rank, position_mm, study)) if len(shared) else order
 
 
 def _count_spacings(manifest: pd.DataFrame) -> dict[str, Any]:

@@ -7,7 +7,6 @@ costs no pixels. The published store hard-links the shards.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -27,17 +26,36 @@ from pipeline import decoder, dicom, head, hounsfield, series, shard, source
 from pipeline.cluster import run_tasks
 from pipeline.config import Config, PreprocessConfig, Window
 from pipeline.dicom import PixelFault, read_stored
-from pipeline.errors import IchorError, SourceError
-from pipeline.files import human_bytes, only_one, remove_folder, replace_folder, require_free_space, write_bytes
+from pipeline.errors import SourceError
+from pipeline.files import (
+    disk_full,
+    is_disk_full,
+    only_one,
+    remove_leftovers,
+    replace_folder,
+    require_free_space,
+    write_bytes,
+    write_parquet,
+)
 from pipeline.head import Box, find_head
-from pipeline.hounsfield import Converter, Pixels, clear_padding, invert, is_garbage, is_inverted, unwrap
+from pipeline.hounsfield import (
+    AIR_HU,
+    Converter,
+    Pixels,
+    clear_padding,
+    invert,
+    is_garbage,
+    is_inverted,
+    lowest_hu,
+    unwrap,
+)
 from pipeline.labels import LABELS, UNKNOWN
 from pipeline.manifest import EXCLUDED, REASONS, account, kept, refuse_too_many_exclusions
 from pipeline.progress import Progress
 from pipeline.series import ORIENTATION, TRANSPOSED, turn, turn_cosines
 from pipeline.shard import SLOTS, build_shard, encode_chunk
-from pipeline.source import Place, Scratch, containers, is_there
-from pipeline.store import STUDY_ARRAYS, StoreContent, send_store, slice_axis, write_store
+from pipeline.source import Place, Scratch, containers, is_there, open_storage
+from pipeline.store import STUDY_ARRAYS, StoreContent, require_target, send_store, slice_axis, write_store
 
 SLICES_PER_TASK = 256
 """About a quarter of a second of work: long enough to hide Dask's overhead, short enough to lose little."""
@@ -45,9 +63,15 @@ SLICES_PER_TASK = 256
 STORED_FRACTION = 0.35
 """Share of the raw bytes that a shard may need, for the check of free disk; heads measured 0.17 to 0.25."""
 
+METADATA_BYTES = 1_000_000
+"""What a small store takes on the disk beside its shards; each study adds less than 1 kB."""
+
 PACKAGES = ("numpy", "scipy", "numcodecs", "opencv-python-headless", "pydicom")
 DECODERS = ("isal", "python-gdcm", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls")
 """Packages that decide a shard's bytes: another decoder may read what this one could not, or read it otherwise."""
+
+
+FAULT_COLUMNS = ["source", "archive", "path", "image_id", "study_uid", "status", "reason"]
 
 
 class SliceFacts(NamedTuple):
@@ -88,6 +112,12 @@ class StudyTask(NamedTuple):
     crop: str
     windows: dict[str, Window]
 
+    @property
+    def whole(self) -> Box:
+        """All of the study's field of view."""
+        side_mm = self.slices[0].field_mm
+        return Box(-side_mm / 2, -side_mm / 2, side_mm)
+
 
 class StudyResult(NamedTuple):
     """What became of a study; kept beside its shards."""
@@ -115,17 +145,20 @@ def preprocess(
         store: where to put the store instead: a folder, or a URL such as ``s3://bucket/store.zarr``.
 
     Returns:
-        The final accounting, and the files whose status changed when their pixels were read.
+        The final accounting, and the files whose status changed when their pixels were read; also written to
+        `data/preprocess/faults.parquet`.
 
     Raises:
         SourceError: the source is gone, files changed since `index` read them, or too many could not be used; what is finished
             is kept.
     """
+    if store and not source.URL.match(store):
+        require_target(store)
     wip = data / "wip" / "shards"
     wip.mkdir(parents=True, exist_ok=True)
     with only_one(data / "wip" / "preprocess.lock", "preprocess"):
         slices = kept(manifest).reset_index(drop=True)
-        plan = _Plan(slices, config, wip)
+        plan = Plan(slices, config, wip)
         results = {name: result for name in plan.fingerprints if (result := _read_result(wip, name))}
         waiting = [number for number, name in enumerate(plan.fingerprints) if name not in results]
         _check_source_and_space(config, plan, waiting, data)
@@ -135,15 +168,18 @@ def preprocess(
         in_order = [results[name] for name in plan.fingerprints]
         _refuse_changed(slices, in_order)
         final = _apply_faults(manifest, in_order)
+        changed = final.loc[final["reason"] != manifest["reason"], FAULT_COLUMNS]
+        write_parquet(
+            data / "preprocess" / "faults.parquet", changed
+        )  # first: it is what a person looks at if it is too much
         totals = account(final)
         refuse_too_many_exclusions(totals, most=config.index.max_excluded_fraction)
         attributes = {"manifest_sha256": manifest_digest, "accounting": totals}
         _publish(config.preprocess, slices, in_order, data=data, attributes=attributes, store=store)
-    changed = final[(final["reason"] != manifest["reason"])]
-    return totals, changed[["source", "archive", "path", "image_id", "study_uid", "status", "reason"]]
+    return totals, changed
 
 
-class _Plan:
+class Plan:
     """The studies to make: fingerprints now, and a task when a worker is free, so that memory stays small."""
 
     def __init__(self, slices: pd.DataFrame, config: Config, wip: Path) -> None:
@@ -231,7 +267,7 @@ def _read_result(wip: Path, fingerprint: str) -> StudyResult | None:
     return result if is_whole and "changed" not in result.faults.values() else None
 
 
-def _check_source_and_space(config: Config, plan: _Plan, waiting: Sequence[int], data: Path) -> None:
+def _check_source_and_space(config: Config, plan: Plan, waiting: Sequence[int], data: Path) -> None:
     if not waiting:
         return
     for entry in config.source.entries:
@@ -244,7 +280,7 @@ def _check_source_and_space(config: Config, plan: _Plan, waiting: Sequence[int],
     require_free_space(data, int(raw_bytes * STORED_FRACTION) + 50_000_000, f"preprocessing {len(waiting):,} studies")
 
 
-def _make_all(plan: _Plan, waiting: Sequence[int], config: PreprocessConfig, wip: Path) -> Iterator[StudyResult]:
+def _make_all(plan: Plan, waiting: Sequence[int], config: PreprocessConfig, wip: Path) -> Iterator[StudyResult]:
     total = sum(map(plan.count_slices, waiting))
     if not total:
         return
@@ -252,7 +288,10 @@ def _make_all(plan: _Plan, waiting: Sequence[int], config: PreprocessConfig, wip
     with Progress(total, what="preprocess", unit="slices") as progress:
         workers = 0 if total <= SLICES_PER_TASK else config.workers  # not worth starting processes for
         try:
-            for results in run_tasks(make_shards, _batches(plan, waiting), workers=workers, scheduler=config.scheduler):
+            batches = _batches(plan, waiting)
+            for results in run_tasks(
+                make_shards, batches, workers=workers, scheduler=config.scheduler, describe=_describe
+            ):
                 studies += len(results)
                 faults += sum(REASONS[code][0] == EXCLUDED for result in results for code in result.faults.values())
                 stored_bytes += sum(result.stored_bytes for result in results)
@@ -261,18 +300,14 @@ def _make_all(plan: _Plan, waiting: Sequence[int], config: PreprocessConfig, wip
                 progress.advance(slices, f"{studies:,} studies, {faults:,} slices excluded")
                 yield from results
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_disk_full(error):
                 raise
             raw_bytes = (total - done) * config.image_size**2 * len(config.windows)
             needed = int(stored_bytes / done * (total - done)) if done else int(raw_bytes * STORED_FRACTION)
-            raise IchorError(
-                f"{wip}: the disk is full; about {human_bytes(needed)} more are needed for {total - done:,} slices, "
-                f"{human_bytes(shutil.disk_usage(wip).free)} are free; free some space and run the same command again: "
-                f"what is finished is kept"
-            ) from None
+            raise disk_full(wip, needed, f"the rest, {total - done:,} slices,") from None
 
 
-def _batches(plan: _Plan, waiting: Sequence[int]) -> Iterator[list[StudyTask]]:
+def _batches(plan: Plan, waiting: Sequence[int]) -> Iterator[list[StudyTask]]:
     batch: list[StudyTask] = []
     slices = 0
     for number in waiting:
@@ -283,6 +318,10 @@ def _batches(plan: _Plan, waiting: Sequence[int]) -> Iterator[list[StudyTask]]:
             batch, slices = [], 0
     if batch:
         yield batch
+
+
+def _describe(batch: Sequence[StudyTask]) -> str:
+    return f"{len(batch)} studies, {batch[0].containers[0]} first"
 
 
 def make_shards(batch: Sequence[StudyTask]) -> list[StudyResult]:
@@ -296,17 +335,17 @@ def _make_study(task: StudyTask) -> StudyResult:
     chunks: list[bytes] = []
     is_kept: list[bool] = []
     faults: dict[str, str] = {}
-    lowest_hu = np.inf
+    lowest = np.inf
     box = _find_box(task, reader)
     for container, facts in zip(task.containers, task.slices, strict=True):
         try:
-            pixels, lowest, repair = reader.read(container, facts, box)
+            pixels, of_slice_hu, repair = reader.read(container, facts, box)
         except PixelFault as fault:
             faults[facts.image_id] = fault.code
             is_kept.append(False)
         else:
             chunks.append(encode_chunk(pixels))
-            lowest_hu = min(lowest_hu, lowest)
+            lowest = min(lowest, of_slice_hu)
             is_kept.append(True)
             if repair:
                 faults[facts.image_id] = repair
@@ -316,7 +355,7 @@ def _make_study(task: StudyTask) -> StudyResult:
         write_bytes(shard_path(task.shards, task.fingerprint, part), content)
         stored_bytes += len(content)
     place = [box.top_mm, box.left_mm, box.side_mm]
-    result = StudyResult(task.fingerprint, is_kept, faults, float(lowest_hu) if chunks else 0.0, place, stored_bytes)
+    result = StudyResult(task.fingerprint, is_kept, faults, float(lowest) if chunks else 0.0, place, stored_bytes)
     record = {name: value for name, value in result._asdict().items() if name != "fingerprint"}
     # Not synced: if a power cut takes it, the study is made again.
     write_bytes(task.shards / f"{task.fingerprint}.json", json.dumps(record).encode(), synced=False)
@@ -331,15 +370,13 @@ def _open_reader(image_size: int, windows: tuple[tuple[str, Window], ...]) -> Sl
 
 def _find_box(task: StudyTask, reader: SliceReader) -> Box:
     """What of the study's slices is shown: all of the field of view, or the head in it."""
-    side_mm = task.slices[0].field_mm
-    whole = Box(-side_mm / 2, -side_mm / 2, side_mm)
     if task.crop == "none":
-        return whole
+        return task.whole
     coarse = []
     for container, facts in zip(task.containers, task.slices, strict=True):
         with suppress(PixelFault):  # it is named when it is read in earnest
-            coarse.append(reader.read_coarse(container, facts, whole))
-    return (find_head(np.stack(coarse), side_mm=side_mm) if coarse else None) or whole
+            coarse.append(reader.read_coarse(container, facts, task.whole))
+    return (find_head(np.stack(coarse), side_mm=task.whole.side_mm) if coarse else None) or task.whole
 
 
 class SliceReader:
@@ -369,23 +406,26 @@ class SliceReader:
         Raises:
             PixelFault: the pixels cannot be had, or are no CT's.
         """
-        stored, intercept, repair = self._read_stored(container, facts)
-        # of both ends, as a slope may be negative
-        lowest_hu = min(float(stored.min()) * facts.slope, float(stored.max()) * facts.slope) + intercept
+        stored, intercept, lowest, repair = self._read_stored(container, facts)
         pixels = self.converter.window(
-            turn(stored, facts.turn), slope=facts.slope, intercept=intercept, spacing_mm=_spacing(facts), box=box
+            turn(stored, facts.turn),
+            slope=facts.slope,
+            intercept=intercept,
+            spacing_mm=_spacing(facts),
+            box=box,
+            is_padded=lowest < AIR_HU,
         )
-        return pixels, lowest_hu, repair if not facts.reason else ""
+        return pixels, lowest, repair if not facts.reason else ""
 
     def read_coarse(self, container: str, facts: SliceFacts, box: Box) -> hounsfield.PixelsHU:
         """Read one slice in the size in which the head is looked for: float32 [row, column] in HU."""
-        stored, intercept, _ = self._read_stored(container, facts)
+        stored, intercept, _, _ = self._read_stored(container, facts)
         return self.converter.coarse_hu(
             turn(stored, facts.turn), slope=facts.slope, intercept=intercept, spacing_mm=_spacing(facts), box=box
         )
 
-    def _read_stored(self, container: str, facts: SliceFacts) -> tuple[hounsfield.Stored, float, str]:
-        """Stored values, repaired; the intercept that goes with them; and the repair."""
+    def _read_stored(self, container: str, facts: SliceFacts) -> tuple[hounsfield.Stored, float, float, str]:
+        """Stored values, repaired; the intercept that goes with them; the lowest HU; and the repair."""
         stored = read_stored(
             Place(container, facts.size, facts.stamp, facts.method, facts.offset, facts.packed_size),
             scratch=self.scratch,
@@ -405,9 +445,10 @@ class SliceReader:
             stored, repair = invert(stored, bits_stored=facts.bits_stored), "inverted"
         if is_garbage(stored, **rescale):
             raise PixelFault("garbage")
+        lowest = lowest_hu(stored, **rescale)
         if clear_padding(stored, padding=facts.padding, **rescale) and not repair:
             repair = "padding"
-        return stored, intercept, repair
+        return stored, intercept, lowest, repair
 
 
 def _spacing(facts: SliceFacts) -> tuple[float, float]:
@@ -459,16 +500,30 @@ def _publish(
         for study, result in enumerate(alive)
         for part in range(_parts(sum(result.kept)))
     }
-    temporary = data / "wip" / f"store-{os.getpid()}.zarr"
-    remove_folder(temporary)
+    url = store if store and source.URL.match(store) else None
+    final = Path(store) if store and not url else data / "store.zarr"
+    temporary, leftovers = data / "wip" / f"store-{os.getpid()}.zarr", "store-*.zarr"
+    if store and not url:  # perhaps on another disk, to which no folder can be moved
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary, leftovers = final.absolute().with_name(f".{final.name}.{os.getpid()}.new"), f".{final.name}.*.new"
+    remove_leftovers(temporary.parent, leftovers)
+    for folder in (data / "wip" / "shards", data / "preprocess"):
+        remove_leftovers(folder, ".*.tmp")
     try:
         write_store(
             temporary, content, shards, image_size=config.image_size, windows=config.windows, attributes=attributes
         )
-        if store is not None and source.URL.match(store):
-            send_store(temporary, store)
+        if url:
+            system, target = open_storage(url)
+            send_store(temporary, url, system=system, target=target)
         else:
-            replace_folder(temporary, Path(store) if store else data / "store.zarr")
+            replace_folder(temporary, final)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        is_copied = store and not url  # else the shards are linked
+        copied = sum(result.stored_bytes for result in alive) if is_copied else 0
+        raise disk_full(temporary.parent, METADATA_BYTES + len(alive) * 1000 + copied, "the store") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

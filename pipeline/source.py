@@ -12,8 +12,9 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,9 +29,22 @@ NOT_PACKED, STORED, DEFLATED, UNREADABLE_METHOD = -1, 0, 8, 99
 HEAD_BYTES = 65_536
 """What is read to parse a header: RSNA's take 1.4 kB, hospitals' 4 to 40; one read of this size costs no more than of one page."""
 
+ENCRYPTED, CHECKSUM_BEHIND = 1 << 0, 1 << 3
+"""Flags of a zip's member (APPNOTE 4.4.4)."""
+
+MEMBER_MARK = b"PK\x03\x04"
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 LOCAL_SLACK = 512
 """A member's local header may hold a longer extra field than the directory's (APPNOTE 4.3.7): read this much more."""
+
+SMALLEST_ZIP = 22
+"""An end of the directory, of nothing (APPNOTE 4.3.16); zipfile looks for it from the end, and not every storage lets it."""
+
+LARGEST = 2**62
+"""A damaged zip may claim sizes that no table holds."""
+
+URL_BLOCK_BYTES = 1 << 20
+"""Read at once of a zip in a store of objects, whose own 50 MB would be read for every small one."""
 
 URL = re.compile(r"^[a-z][a-z0-9+.-]+://")
 
@@ -73,6 +87,10 @@ class ChangedError(Exception):
     """A file is gone, cannot be read, or is not the one that `index` saw."""
 
 
+class DamagedError(ChangedError):
+    """A zip's member is the one that `index` saw, and does not unpack to its checksum: reading it again will not help."""
+
+
 def find_files(sources: Sequence[str]) -> pd.DataFrame:
     """List every file of the sources, in the order of source, archive and path.
 
@@ -93,7 +111,15 @@ def find_files(sources: Sequence[str]) -> pd.DataFrame:
 
 
 def containers(sources: Sequence[str], files: pd.DataFrame) -> list[str]:
-    """The file, URL or zip that holds each row of a table with `FILE_COLUMNS`; absolute, as workers may run elsewhere."""
+    """The file, URL or zip that holds each row of a table with `FILE_COLUMNS`; absolute, as workers may run elsewhere.
+
+    Raises:
+        SourceError: the table is of a longer list of sources.
+    """
+    if len(files) and files["source"].max() >= len(sources):
+        raise SourceError(
+            f"source.dicom has {len(sources)} entries and had at least {files['source'].max() + 1} when index ran; run index again"
+        )
     roots = [source if URL.match(source) else os.path.abspath(_root(source)) for source in sources]
     packed = (files["method"] != NOT_PACKED).to_numpy()
     inside = np.where(packed, files["archive"].to_numpy(object), files["path"].to_numpy(object))
@@ -101,8 +127,19 @@ def containers(sources: Sequence[str], files: pd.DataFrame) -> list[str]:
 
 
 def is_there(source: str) -> bool:
-    """Whether a source can be reached now; a URL counts as there, its files say for themselves."""
-    return bool(URL.match(source)) or os.path.exists(_root(source))
+    """Whether a source is there now.
+
+    Raises:
+        SourceError: the storage of a URL does not answer, or refuses.
+    """
+    if not URL.match(source):
+        return os.path.exists(_root(source))
+    try:
+        return bool(_ask(source, lambda system, path: system.info(path)))
+    except FileNotFoundError:
+        return False
+    except OSError as error:  # no permission, among others
+        raise _unreachable(source, error) from None
 
 
 def _join(root: str, path: str) -> str:
@@ -124,7 +161,7 @@ def _list_source(number: int, source: str) -> pd.DataFrame:
     if URL.match(source):
         return _table(number, _list_url(source))
     root = _root(source)
-    tops = sorted(glob.glob(source, recursive=True, include_hidden=True)) if _is_glob(source) else [source]
+    tops = _match(source) if _is_glob(source) else [source]
     if not tops or not os.path.exists(tops[0]):
         what = "matches nothing" if _is_glob(source) else "does not exist"
         raise SourceError(
@@ -132,12 +169,23 @@ def _list_source(number: int, source: str) -> pd.DataFrame:
         )
     found: dict[str, os.stat_result] = {}
     for top in tops:
-        relative = "" if top == root else os.path.relpath(top, root)
+        relative = "" if os.path.normpath(top) == os.path.normpath(root) else os.path.relpath(top, root)
         if os.path.isdir(top):
-            found |= {os.path.join(relative, path): status for path, status in _walk(top)}
-        else:
+            found |= {_shown(os.path.join(relative, path)): status for path, status in _walk(top)}
+        elif os.path.isfile(top):
             found[_shown(relative)] = os.stat(top)
-    return _table(number, _open_archives(root, found))
+    return _table(number, _open_archives(root, _once(found) if "**" in source else found))
+
+
+def _match(pattern: str) -> list[str]:
+    """What a glob matches and is there, in order."""
+    return sorted(top for top in glob.glob(pattern, recursive=True, include_hidden=True) if os.path.exists(top))
+
+
+def _once(found: dict[str, os.stat_result]) -> dict[str, os.stat_result]:
+    """Each file by its shortest name: `**` follows a link that leads up round and round."""
+    by_file = {(found[path].st_dev, found[path].st_ino): path for path in sorted(found, key=len, reverse=True)}
+    return {path: found[path] for path in by_file.values()}
 
 
 def _table(number: int, rows: Iterator[tuple[Any, ...]]) -> pd.DataFrame:
@@ -165,20 +213,22 @@ def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
         with os.scandir(os.path.join(folder, relative)) as entries:
             for entry in entries:
                 path = os.path.join(relative, entry.name)
+                if entry.is_symlink() and not os.path.exists(entry.path):  # it leads nowhere, or to itself
+                    continue
                 if entry.is_dir():
                     waiting.append(path)
                 elif entry.is_file():
-                    yield _shown(path), entry.stat()
+                    yield path, entry.stat()
 
 
 def _open_archives(root: str, found: dict[str, os.stat_result]) -> Iterator[tuple[Any, ...]]:
     for path, status in found.items():
         archive = _join(root, path)
-        if is_zip_name(archive) and zipfile.is_zipfile(archive):
-            for row in _list_zip(archive):
-                yield path, *row
-        else:
+        rows = _list_zip(archive, partial(open, archive, "rb")) if is_zip_name(archive) else None
+        if rows is None:
             yield "", path, status.st_size, status.st_mtime_ns, NOT_PACKED, 0, 0
+        else:
+            yield from ((path, *row) for row in rows)
 
 
 def is_zip_name(path: str) -> bool:
@@ -186,49 +236,52 @@ def is_zip_name(path: str) -> bool:
     return path.lower().endswith(".zip")
 
 
-def _list_zip(archive: str, file: Any = None) -> Iterator[tuple[Any, ...]]:
+def _list_zip(archive: str, open_file: Callable[[], Any]) -> list[tuple[Any, ...]] | None:
+    """The members of a zip; None where it is none in spite of its name: then it is a file like any other."""
     try:
-        with zipfile.ZipFile(file or archive) as directory:
-            for member in directory.infolist():
-                if not member.is_dir():
-                    readable = member.compress_type in (STORED, DEFLATED) and not member.flag_bits & 0x1
-                    method = member.compress_type if readable else UNREADABLE_METHOD
-                    yield (
-                        member.filename,
-                        member.file_size,
-                        member.CRC,
-                        method,
-                        member.header_offset,
-                        member.compress_size,
-                    )
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error) as error:
+        with open_file() as file:
+            is_cut_short = file.read(len(MEMBER_MARK)) == MEMBER_MARK  # if it has no directory, which stands at the end
+            is_whole = file.seek(0, os.SEEK_END) >= SMALLEST_ZIP and zipfile.is_zipfile(file)
+            if not (is_whole or is_cut_short):
+                return None
+            with zipfile.ZipFile(file) as directory:
+                return [_describe_member(member) for member in directory.infolist() if not member.is_dir()]
+    except FileNotFoundError:  # its name is no UTF-8
+        return None
+    except Exception as error:  # zipfile raises six kinds, and each storage has its own
         raise SourceError(
             f"source.dicom: the zip {archive} cannot be read ({error}); was it downloaded to its end?"
         ) from None
 
 
+def _describe_member(member: zipfile.ZipInfo) -> tuple[Any, ...]:
+    is_readable = member.compress_type in (STORED, DEFLATED) and not member.flag_bits & ENCRYPTED
+    method = member.compress_type if is_readable else UNREADABLE_METHOD
+    numbers = (member.file_size, member.CRC, method, member.header_offset, member.compress_size)
+    return member.filename, *(min(number, LARGEST) for number in numbers)
+
+
 def _list_url(url: str) -> Iterator[tuple[Any, ...]]:
     try:
-        system, path = _file_system(url)
-        found = system.find(path, detail=True)
-    except Exception as error:  # each storage has its own family of errors
-        raise SourceError(
-            f"source.dicom: {url} cannot be listed ({type(error).__name__}: {_brief(error)}); check the name, the credentials and the endpoint (AWS_ENDPOINT_URL)"
-        ) from None
-    if not found:
+        system, path, found = _ask(url, lambda system, path: (system, path, system.find(path, detail=True)))
+    except OSError as error:
+        raise _unreachable(url, error) from None
+    files = {name: facts for name, facts in found.items() if not _is_folder_mark(facts)}
+    if not files:
         raise SourceError(f"source.dicom: nothing is stored under {url}")
-    for name, facts in found.items():
-        relative = os.path.relpath(name, path) if name != path else ""
-        if is_zip_name(name):
-            with system.open(name, "rb") as file:
-                for row in _list_zip(_join(url, relative), file):
-                    yield relative, *row
-        else:
+    for name, facts in files.items():
+        relative = name.removeprefix(f"{path}/") if name != path else ""
+        open_file = partial(system.open, name, "rb", block_size=URL_BLOCK_BYTES)
+        rows = _list_zip(_join(url, relative), open_file) if is_zip_name(name) else None
+        if rows is None:
             yield "", relative, facts["size"], _stamp_of(facts), NOT_PACKED, 0, 0
+        else:
+            yield from ((relative, *row) for row in rows)
 
 
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _is_folder_mark(facts: dict[str, Any]) -> bool:
+    """Consoles make an empty object ``folder/`` to show a folder, where storage has none."""
+    return facts["type"] == "directory" or str(facts.get("Key", "")).endswith("/")
 
 
 def _stamp_of(facts: dict[str, Any]) -> int:
@@ -239,15 +292,46 @@ def _stamp_of(facts: dict[str, Any]) -> int:
 
 @lru_cache(maxsize=8)
 def _open_system(protocol: str) -> Any:
+    """Nothing of it is cached: what is asked is how things are now.
+
+    S3 is asked three times within three seconds where it does not answer; by itself s3fs would go on for up to six minutes.
+    """
     import fsspec  # only where a URL is given: its S3 part takes a second to import
 
-    return fsspec.filesystem(protocol, use_listings_cache=False)
+    options = {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 3}}} if protocol == "s3" else {}
+    system = fsspec.filesystem(protocol, use_listings_cache=False, **options)
+    if protocol == "s3":
+        system.retries = 2  # times those three: for an answer that breaks off
+    return system
 
 
-def _file_system(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the URL's path in it."""
+def open_storage(url: str) -> tuple[Any, str]:
+    """The storage of a URL, a file system as fsspec has them, and the URL's path in it."""
     system = _open_system(url.split("://", 1)[0])
     return system, str(system._strip_protocol(url))
+
+
+def _ask(url: str, question: Callable[[Any, str], Any]) -> Any:
+    """The storage's answer about a URL.
+
+    Raises:
+        OSError: it is about that one object: not there, not allowed.
+        SourceError: the storage itself cannot be reached. Nothing is excluded for that: the run stops and can go on later.
+    """
+    try:
+        return question(*open_storage(url))
+    except (OSError, SourceError):
+        raise
+    except Exception as error:  # each storage has its own family of errors
+        raise _unreachable(url, error) from None
+
+
+def _unreachable(url: str, error: Exception) -> SourceError:
+    said = " ".join(str(error).split())[:200]
+    return SourceError(
+        f"source.dicom: {url} cannot be read ({type(error).__name__}: {said}); check the name, the credentials and the endpoint "
+        f"(AWS_ENDPOINT_URL)"
+    )
 
 
 def read_head(place: Place, length: int = HEAD_BYTES) -> bytes:
@@ -280,16 +364,37 @@ def read_whole(place: Place) -> bytes:
             content = _read_range(place.container, 0, place.size)
             _require_unchanged(place)
         else:
-            content = _read_member(place, place.packed_size)
-            if place.method == DEFLATED:
-                content = isal_zlib.decompress(content, -15, max(1, place.size))
-            if isal_zlib.crc32(content) != place.stamp:
-                raise ChangedError
-    except (OSError, BadDeflateError):
+            content = _unpack(place)
+    except OSError:
         raise ChangedError from None
     if len(content) != place.size:
         raise ChangedError
     return content
+
+
+def _unpack(place: Place) -> bytes:
+    """A whole member of a zip, checked against its CRC-32."""
+    packed = _read_member(place, place.packed_size)
+    if len(packed) != place.packed_size:
+        raise ChangedError
+    content = packed
+    if place.method == DEFLATED:
+        with suppress(BadDeflateError):
+            # one byte more than it should have, to tell; a malicious member would fill the memory
+            content = isal_zlib.decompressobj(-15).decompress(packed, place.size + 1)
+    if len(content) == place.size and isal_zlib.crc32(content) == place.stamp:
+        return content
+    raise DamagedError if _read_checksum(place) == place.stamp else ChangedError
+
+
+def _read_checksum(place: Place) -> int:
+    """The CRC-32 that stands before a zip's member, or behind it (APPNOTE 4.3.7, 4.3.9): is it the one in the directory?"""
+    header = _read_range(place.container, place.offset, LOCAL_HEADER.size).ljust(LOCAL_HEADER.size, b"\0")
+    _, _, flags, _, _, _, checksum, _, _, name_length, extra_length = LOCAL_HEADER.unpack(header)
+    if flags & CHECKSUM_BEHIND:
+        end = place.offset + LOCAL_HEADER.size + name_length + extra_length + place.packed_size
+        checksum = int.from_bytes(_read_range(place.container, end, 8).removeprefix(b"PK\x07\x08")[:4], "little")
+    return int(checksum)
 
 
 def read_part(place: Place, start: int, length: int, scratch: Scratch) -> memoryview:
@@ -326,25 +431,20 @@ def read_part(place: Place, start: int, length: int, scratch: Scratch) -> memory
 
 def _read_range(container: str, start: int, length: int) -> bytes:
     if URL.match(container):
-        try:
-            system, path = _file_system(container)
-            return bytes(system.cat_file(path, start=start, end=start + length)) if length else b""
-        except Exception as error:  # each storage has its own family of errors
-            raise OSError(str(error)) from None
+        if not length:
+            return b""
+        return bytes(_ask(container, lambda system, path: system.cat_file(path, start=start, end=start + length)))
     descriptor = os.open(container, os.O_RDONLY)
     try:
-        return os.pread(descriptor, length, start)
+        # memory is taken before the reading: a damaged zip may ask for more than there is
+        return os.pread(descriptor, min(length, os.fstat(descriptor).st_size), start)
     finally:
         os.close(descriptor)
 
 
 def _require_unchanged(place: Place) -> None:
     if URL.match(place.container):
-        try:
-            system, path = _file_system(place.container)
-            facts = system.info(path)
-        except Exception:  # each storage has its own family of errors
-            raise ChangedError from None
+        facts = _ask(place.container, lambda system, path: system.info(path))
         size, stamp = facts["size"], _stamp_of(facts)
     else:
         status = os.stat(place.container)
@@ -359,7 +459,7 @@ def _read_member(place: Place, length: int) -> bytes:
     if len(content) < LOCAL_HEADER.size:
         raise ChangedError
     signature, *_, name_length, extra_length = LOCAL_HEADER.unpack_from(content)
-    if signature != b"PK\x03\x04":
+    if signature != MEMBER_MARK:
         raise ChangedError
     start = LOCAL_HEADER.size + name_length + extra_length
     if start + length > len(content):

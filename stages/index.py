@@ -5,8 +5,8 @@ Writes <data>/index/manifest.parquet, headers.parquet (so that unchanged files a
 
 import argparse
 
-from pipeline.config import load_config
-from pipeline.files import write_json, write_parquet
+from pipeline.config import Config, load_config
+from pipeline.files import only_one, remove_leftovers, write_json, write_parquet
 from pipeline.index import build_manifest, read_known_headers
 from pipeline.manifest import account, describe_account, examples, refuse_too_many_exclusions, write_manifest
 from stages.common import door
@@ -14,6 +14,12 @@ from stages.common import door
 
 def main(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.params)
+    with only_one(arguments.data / "wip" / "index.lock", "index"):
+        remove_leftovers(arguments.data / "index", ".*.tmp")
+        _index(config, arguments)
+
+
+def _index(config: Config, arguments: argparse.Namespace) -> None:
     folder = arguments.data / "index"
     headers_path = folder / "headers.parquet"
     known = read_known_headers(headers_path)

@@ -1,8 +1,9 @@
-"""Look into the store: a summary, one study as a contact sheet, or a check of every chunk.
+"""Look into the store: a summary, one study as a contact sheet, a check of every chunk; or at what did not get into it.
 
 python -m stages.inspect                              the summary
 python -m stages.inspect --study 12 --out sheet.png   a study by number or uid, as a picture
 python -m stages.inspect --verify                     decode everything against its checksums
+python -m stages.inspect --excluded --out out.png     what was excluded and why, and a picture of what can be decoded
 """
 
 import argparse
@@ -10,21 +11,37 @@ import json
 import sys
 from pathlib import Path
 
+from PIL import Image
+
+from pipeline.config import load_config
 from pipeline.errors import DamageError, IchorError
+from pipeline.excluded import draw_exclusions, list_exclusions, read_exclusions
 from pipeline.files import human_bytes
-from pipeline.manifest import describe_account
+from pipeline.manifest import REASONS, describe_account
 from pipeline.progress import Progress
 from pipeline.sheet import draw_sheet
 from pipeline.store import Store
 from pipeline.survey import discard_shards, survey, verify
 from stages.common import door
 
+SHOWN = 10
+"""Files listed of each reason; enough to see what they have in common."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", metavar="UID|N", help="draw this study as a contact sheet")
     parser.add_argument("--window", metavar="NAME", help="of the sheet: a window's name, or all (default: the first)")
     parser.add_argument(
-        "--out", type=Path, default=Path("sheet.png"), metavar="FILE", help="where to draw (default: %(default)s)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="where to draw: a study (default: sheet.png), or what was excluded (default: no picture)",
+    )
+    parser.add_argument(
+        "--excluded",
+        action="store_true",
+        help="list what was excluded, by reason (--json: every file); with --out, draw what can be decoded: such captures may "
+        "show names",
     )
     parser.add_argument(
         "--verify", action="store_true", help="check that every chunk decodes and agrees with its checksum"
@@ -34,10 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --verify: drop damaged shards, here and in DVC's cache, so that preprocess makes them anew",
     )
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.add_argument("--json", action="store_true", help="print the summary, or what was excluded, as JSON")
 
 
 def main(arguments: argparse.Namespace) -> None:
+    if arguments.excluded:  # also where there is no store: perhaps too much was excluded to make one
+        _show_exclusions(arguments)
+        return
     store = Store(arguments.data / "store.zarr")
     if arguments.study is not None:
         _draw(store, arguments)
@@ -57,11 +77,36 @@ def _draw(store: Store, arguments: argparse.Namespace) -> None:
         raise IchorError(f"--window {wanted}: the store has {', '.join(names)}; give one of them, or all")
     study = store.find_study(arguments.study)
     sheet = draw_sheet(store, study, names if wanted == "all" else [wanted])
+    out = arguments.out or Path("sheet.png")
+    _save(sheet, out)
+    print(f"study {study} of {len(store.study)}: {out}")
+
+
+def _save(picture: Image.Image, out: Path) -> None:
     try:
-        sheet.save(arguments.out)
+        picture.save(out)
     except ValueError:
-        raise IchorError(f"--out {arguments.out}: the name's ending is that of no picture; give a .png") from None
-    print(f"study {study} of {len(store.study)}: {arguments.out}")
+        raise IchorError(f"--out {out}: the name's ending is that of no picture; give a .png") from None
+
+
+def _show_exclusions(arguments: argparse.Namespace) -> None:
+    excluded = read_exclusions(arguments.data)
+    files = list_exclusions(excluded)
+    if arguments.json:
+        json.dump(files, sys.stdout, indent=2)
+        print()
+    else:
+        print(f"{len(excluded):,} excluded")
+        for reason, names in files.items():
+            print(f"\n{len(names):,} × {REASONS[reason][1]} ({reason})")
+            for name in names[:SHOWN]:
+                print(f"  {name}")
+            if len(names) > SHOWN:
+                print(f"  and {len(names) - SHOWN:,} more (--json lists all)")
+    if arguments.out:
+        picture, count = draw_exclusions(excluded, load_config(arguments.params))
+        _save(picture, arguments.out)
+        print(f"{count} slices drawn: {arguments.out}", file=sys.stderr)
 
 
 def _verify(store: Store, arguments: argparse.Namespace) -> None:

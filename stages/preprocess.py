@@ -7,7 +7,6 @@ not be read, or needed a repair). Finished shards are kept in <data>/wip, so tha
 import argparse
 
 from pipeline.config import load_config
-from pipeline.files import write_parquet
 from pipeline.manifest import describe_account, digest, read_manifest
 from pipeline.preprocess import preprocess
 from stages.common import door
@@ -26,10 +25,7 @@ def main(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.params)
     path = arguments.data / "index" / "manifest.parquet"
     manifest = read_manifest(path)
-    totals, faults = preprocess(
-        config, manifest, data=arguments.data, manifest_digest=digest(path), store=arguments.store
-    )
-    write_parquet(arguments.data / "preprocess" / "faults.parquet", faults)
+    totals, _ = preprocess(config, manifest, data=arguments.data, manifest_digest=digest(path), store=arguments.store)
     print(describe_account(totals))
     print(f"store: {arguments.store or arguments.data / 'store.zarr'}")
 

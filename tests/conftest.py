@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,6 +122,12 @@ class Cohort:
 
     def config(self, **changes: Any) -> Config:
         return load_config(self.write_params(**changes))
+
+
+def require_program(name: str) -> None:
+    """Skip the test where an external program is missing; but in CI, which installs it, fail."""
+    if shutil.which(name) is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed (apt-get install {name})")
 
 
 @pytest.fixture(autouse=True)

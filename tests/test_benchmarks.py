@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, Cohort
+from tests.conftest import ROOT, Cohort, require_program
 from tests.test_store import make_store
 
 
@@ -31,9 +31,11 @@ def last_line(*arguments: str) -> dict[str, object]:
 def test_benchmark_ends_in_figures(cohort: Cohort, name: str) -> None:
     arguments = {
         "bench_scale.py": ["--studies", "10", "--label-images", "1000"],
-        "bench_preprocess.py": ["--size", "64", "--image-size", "32", "--rounds", "1"],
+        "bench_preprocess.py": ["--size", "64", "--image-size", "32", "--rounds", "1", "--tasks", "8", "--files", "600"],
         "bench_reader.py": ["--data", str(cohort.data), "--slices", "4", "--rounds", "1"],
     }[name]
+    if name == "bench_preprocess.py":
+        require_program("dcm2niix")
     cohort.add_study(1, 4)
     make_store(cohort)
     figures = last_line(f"benchmarks/{name}", *arguments)

@@ -317,3 +317,46 @@ def test_ctrl_c_at_a_terminal_reaches_all_processes_and_ends_cleanly(
     assert "finished work is kept" in out
     assert "Traceback" not in out
     assert run_stage("preprocess").code == 0
+
+
+def test_crop_shows_the_head_and_the_store_says_where_it_was(cohort: Cohort) -> None:
+    spacing_mm = 4.0  # a disk of 205 mm in a field of 256
+    cohort.add_study(1, 4, spacing_mm=spacing_mm)
+    whole, _, _ = run(cohort)
+    np.testing.assert_array_equal(whole.per_study["box_mm"], [[-128, -128, 256]])
+    cropped, _, _ = run(cohort, preprocess__crop="head", preprocess__image_size=64)
+    top_mm, left_mm, side_mm = cropped.per_study["box_mm"][0].tolist()
+    assert 205 < side_mm < 235
+    assert top_mm == pytest.approx(-side_mm / 2, abs=4)
+    assert left_mm == pytest.approx(-side_mm / 2, abs=4)
+    assert cropped.per_study["fingerprint"][0] != whole.per_study["fingerprint"][0]
+    # the rim of the disk, mapped back by the box, lies where it lies in the file
+    brain = cropped.reader.read(0, 0)[..., 0]
+    columns = np.flatnonzero(brain[32] > 10)
+    pixel_mm = side_mm / 64
+    first_mm, last_mm = (left_mm + (column + 0.5) * pixel_mm for column in (columns[0], columns[-1]))
+    stored = pydicom.dcmread(cohort.dicom / "ID_000010000.dcm").pixel_array
+    row = 32 + round((top_mm + 32.5 * pixel_mm) / spacing_mm)
+    inside = np.flatnonzero(stored[row] > 500)
+    assert first_mm == pytest.approx((inside[0] + 0.5 - 32) * spacing_mm, abs=4)
+    assert last_mm == pytest.approx((inside[-1] + 0.5 - 32) * spacing_mm, abs=4)
+
+
+def test_study_without_a_head_is_shown_whole(cohort: Cohort) -> None:
+    cohort.add_study(1, 2, spacing_mm=0.1)
+    store, _, _ = run(cohort, preprocess__crop="head")
+    np.testing.assert_allclose(store.per_study["box_mm"], [[-3.2, -3.2, 6.4]], rtol=1e-5)
+
+
+@pytest.mark.skipif(not REAL_DICOM.is_dir(), reason="the real head CTs are not here")
+def test_crop_of_real_heads_keeps_bone_and_drops_the_air_around(cohort: Cohort) -> None:
+    changes = {"source__dicom": str(REAL_DICOM), "preprocess__image_size": 128}
+    cohort.folder.mkdir(exist_ok=True)
+    whole, _, _ = run(cohort, **changes)
+    cropped, _, _ = run(cohort, data=cohort.folder / "cropped", preprocess__crop="head", **changes)
+    share = cropped.per_study["box_mm"][:, 2] / whole.per_study["box_mm"][:, 2]
+    assert (share < 0.95).all()
+    for study in range(3):
+        skull_whole = (whole.reader.read_study(study)[..., 2] == 255).mean()
+        skull_cropped = (cropped.reader.read_study(study)[..., 2] == 255).mean()
+        assert skull_cropped > skull_whole  # what went was not head

@@ -20,7 +20,7 @@ from pipeline.index import build_manifest
 from pipeline.labels import LABELS
 from pipeline.preprocess import preprocess
 from pipeline.reader import shard_name
-from pipeline.shard import COMPRESSOR, LEVEL, SLOTS, build_shard, encode_chunk
+from pipeline.shard import BLOCK_BYTES, COMPRESSOR, LEVEL, SLOTS, build_shard, encode_chunk
 from pipeline.store import Store
 from tests.conftest import ROOT, Cohort
 
@@ -48,7 +48,10 @@ def test_shard_bytes_equal_those_that_zarr_python_writes(tmp_path: Path) -> None
         shards=(1, SLOTS, 24, 24, 3),
         chunks=(1, 1, 24, 24, 3),
         dtype="uint8",
-        compressors=[BloscCodec(cname=COMPRESSOR, clevel=LEVEL, shuffle="noshuffle", typesize=1), Crc32cCodec()],
+        compressors=[
+            BloscCodec(cname=COMPRESSOR, clevel=LEVEL, shuffle="noshuffle", typesize=1, blocksize=BLOCK_BYTES),
+            Crc32cCodec(),
+        ],
         chunk_key_encoding={"name": "default", "separator": "."},
         config={"write_empty_chunks": True},
     )

@@ -1,0 +1,119 @@
+"""What was excluded, for a person to judge: a list by reason, and a picture of the slices that can be decoded all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from PIL import Image, ImageDraw, ImageFont
+
+from pipeline.config import Config
+from pipeline.manifest import EXCLUDED, REASONS, read_manifest
+from pipeline.sheet import BACKGROUND, CAPTION_PX, INK, MARGIN_PX, QUIET, TILE_PX
+from pipeline.source import Place, containers
+
+EACH = 8
+"""Slices of a reason in the picture, evenly spread over its files."""
+
+PICTURE_CENTRE_HU, PICTURE_WIDTH_HU = 40.0, 380.0
+"""Soft tissue and bone both show; what is excluded may be anything."""
+
+AXIAL_REASONS = ("foreign_patient", "duplicate", "conflict", "other_series", "garbage")
+"""Exclusions of what is, or may be, an axial CT slice, with a rescale that means something."""
+
+
+def read_exclusions(data: Path) -> pd.DataFrame:
+    """The manifest's excluded rows, with what `preprocess` found when it read the pixels.
+
+    Raises:
+        SourceError: there is no manifest.
+    """
+    manifest = read_manifest(data / "index" / "manifest.parquet")
+    path = data / "preprocess" / "faults.parquet"
+    if path.is_file():
+        faults = pd.read_parquet(path).drop_duplicates("image_id").set_index("image_id")
+        faults = faults[faults["status"] == EXCLUDED]
+        late = (manifest["status"] != EXCLUDED) & manifest["image_id"].isin(faults.index)
+        manifest.loc[late, "reason"] = manifest.loc[late, "image_id"].map(faults["reason"])
+        manifest.loc[late, "status"] = EXCLUDED
+    return manifest[manifest["status"] == EXCLUDED].reset_index(drop=True)
+
+
+def list_exclusions(excluded: pd.DataFrame) -> dict[str, list[str]]:
+    """Reason → the files excluded for it, most frequent reason first."""
+    names = excluded["path"].where(excluded["archive"] == "", excluded["archive"] + "/" + excluded["path"])
+    counts = excluded["reason"].value_counts()
+    return {str(reason): names[excluded["reason"] == reason].tolist() for reason in counts.index}
+
+
+def draw_exclusions(excluded: pd.DataFrame, config: Config) -> tuple[Image.Image, int]:
+    """Draw the excluded slices that can be decoded, a row for each reason.
+
+    Returns:
+        An RGB image, and how many slices are in it.
+    """
+    rows = []
+    for reason in excluded["reason"].value_counts().index:
+        of_reason = excluded[(excluded["reason"] == reason) & (excluded["rows"] > 0)]
+        chosen = of_reason.iloc[
+            np.unique(np.linspace(0, max(0, len(of_reason) - 1), EACH).astype(int))[: len(of_reason)]
+        ]
+        tiles = [tile for record in _records(chosen, config) if (tile := _draw_tile(*record)) is not None]
+        if tiles:
+            rows.append((str(reason), int((excluded["reason"] == reason).sum()), tiles))
+    return _lay_out(rows), sum(len(tiles) for _, _, tiles in rows)
+
+
+def _records(chosen: pd.DataFrame, config: Config) -> list[tuple[Place, dict[str, Any]]]:
+    places = containers(config.source.entries, chosen)
+    facts = chosen.to_dict("records")
+    return [
+        (
+            Place(place, *(int(fact[name]) for name in Place._fields[1:])),
+            {str(key): value for key, value in fact.items()},
+        )
+        for place, fact in zip(places, facts, strict=True)
+    ]
+
+
+def _draw_tile(place: Place, facts: dict[str, Any]) -> Image.Image | None:
+    from pipeline.dicom import read_picture  # pydicom is of no use to the other things that `inspect` does
+
+    values = read_picture(place, frame=int(facts["frame"]), rows=int(facts["rows"]), columns=int(facts["columns"]))
+    if values is None:
+        return None
+    is_slice = facts["reason"] in AXIAL_REASONS
+    tile = Image.fromarray(_to_grey(values, *((facts["slope"], facts["intercept"]) if is_slice else (0.0, 0.0))))
+    tile.thumbnail((TILE_PX, TILE_PX))
+    return tile.convert("RGB")
+
+
+def _to_grey(values: npt.NDArray[Any], slope: float, intercept: float) -> npt.NDArray[np.uint8]:
+    """Colours as they are; axial slices in a wide window; all else from its darkest to its brightest hundredth."""
+    if values.ndim == 3:
+        return np.asarray(values, np.uint8)
+    floats = values.astype(np.float32)
+    low, high = map(float, np.percentile(floats, (1, 99)))
+    if slope != 0:
+        floats = floats * np.float32(slope) + np.float32(intercept)
+        low, high = PICTURE_CENTRE_HU - PICTURE_WIDTH_HU / 2, PICTURE_CENTRE_HU + PICTURE_WIDTH_HU / 2
+    return np.asarray(((floats - low) * (255 / max(high - low, 1.0))).clip(0, 255), np.uint8)
+
+
+def _lay_out(rows: list[tuple[str, int, list[Image.Image]]]) -> Image.Image:
+    columns = max((len(tiles) for _, _, tiles in rows), default=1)
+    height = TILE_PX + CAPTION_PX + MARGIN_PX
+    width = max(columns * (TILE_PX + MARGIN_PX), 480) + MARGIN_PX
+    sheet = Image.new("RGB", (width, max(1, len(rows)) * height + MARGIN_PX), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    if not rows:
+        draw.text((MARGIN_PX, MARGIN_PX), "nothing that was excluded can be decoded", QUIET, ImageFont.load_default(13))
+    for number, (reason, count, tiles) in enumerate(rows):
+        top = number * height + MARGIN_PX
+        draw.text((MARGIN_PX, top), f"{reason}   {count:,}   {REASONS[reason][1]}", INK, ImageFont.load_default(13))
+        for place, tile in enumerate(tiles):
+            sheet.paste(tile, (MARGIN_PX + place * (TILE_PX + MARGIN_PX), top + CAPTION_PX))
+    return sheet
