@@ -28,7 +28,7 @@ from pipeline.cluster import run_tasks
 from pipeline.config import Config, PhantomConfig, load_config
 from pipeline.dicom import read_headers
 from pipeline.files import write_parquet
-from pipeline.index import build_manifest
+from pipeline.index import build_manifest, read_known_headers
 from pipeline.manifest import kept, write_manifest
 from pipeline.phantom.cohort import write_cohort
 from pipeline.preprocess import Plan, SliceReader, StudyTask, make_shards
@@ -188,7 +188,8 @@ def measure_rescan(folder: Path, files: int) -> dict[str, Any]:
     _, headers, _ = build_manifest(config)
     write_parquet(folder / "headers.parquet", headers)
     started_s = time.perf_counter()
-    manifest, _, _ = build_manifest(config, headers)
+    manifest, headers, _ = build_manifest(config, read_known_headers(folder / "headers.parquet"))
+    write_parquet(folder / "headers.parquet", headers)
     write_manifest(folder / "manifest.parquet", manifest)
     return {"rescan_us": round((time.perf_counter() - started_s) / files * 1e6, 2)}
 

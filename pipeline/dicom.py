@@ -14,6 +14,7 @@ import math
 import re
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from pydicom.uid import (
 
 from pipeline.decoder import DecodeError, decode
 from pipeline.errors import SourceError
+from pipeline.kernel import kernel_class
 from pipeline.source import (
     UNREADABLE_METHOD,
     ChangedError,
@@ -99,6 +101,9 @@ PIXEL_ELEMENT_BYTES = 12
 PIXEL_VRS = (b"OW", b"OB", b"UN")
 """An implicit header has a length here. Read as one, each of these is odd, which no length is (PS3.5 7.1.1)."""
 
+HEADER_LIMIT_BYTES = 64 << 20
+"""No header is longer: 20,000 frames of an Enhanced CT take 10 to 40 MB. What claims to be would only fill the memory."""
+
 UNDEFINED_LENGTH = 0xFFFFFFFF
 LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
@@ -109,9 +114,10 @@ IMAGE_TYPES = frozenset(
 )
 """The words of Image Type that are kept (PS3.3 C.8.2.1.1.1): free text may hold anything, a name too."""
 
-MODALITIES = frozenset(
-    "CT CR DG DX ECG ES GM IO KO MG MR NM OP OT PR PT PX REG RF RTDOSE RTIMAGE RTPLAN RTSTRUCT SC SEG SM SR US XA XC".split()
-)
+PRINTABLE = re.compile(r"[ -~]{1,64}")
+"""What an identifier may be: RSNA's are no UIDs, but none is longer (PS3.5 6.2)."""
+
+MODALITIES = frozenset(("CT", "CR", "DX", "MR", "NM", "OT", "PR", "PT", "SC", "SR", "US", "XA"))
 """The modalities that are told (PS3.3 C.7.3.1.1.1); of the rest it is enough to know that they are not CT."""
 
 PHOTOMETRIC = frozenset(("MONOCHROME1", "MONOCHROME2", "RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_RCT"))
@@ -258,6 +264,8 @@ def _walk_elements(
         if tag <= before or length == UNDEFINED_LENGTH:  # out of order: something is amiss
             return found, -1
         if tag in wanted:
+            if tag == CHARACTER_SET_TAG and explicit and vr != b"CS":
+                return found, -1
             found[tag] = head[start : start + length]
         before, at = tag, start + length
     return found, -1
@@ -278,13 +286,13 @@ def _read_with_pydicom(place: Place, head: bytes, *, patient_salt: str) -> list[
             raise
         is_complete = False
     if not is_complete:  # the header is longer than what was read, or lies in deflated bytes
-        whole = read_whole(place)
+        whole = read_head(place, HEADER_LIMIT_BYTES)
         dataset, file = _parse(whole)
     if dataset is None:
         return [Header(fault="not_dicom")]
     walked = _take(dataset, file)
     if _text(walked.values["sop_class"]) in ENHANCED:
-        complete = _read_quietly(io.BytesIO(read_whole(place) if len(whole) < place.size else whole), force=True)
+        complete = _read_quietly(io.BytesIO(whole), force=True)
         return list(_frames(complete, _interpret(walked, patient_salt=patient_salt)))
     return [_interpret(walked, patient_salt=patient_salt)]
 
@@ -307,7 +315,23 @@ def _parse(content: bytes) -> tuple[pydicom.FileDataset | None, io.BytesIO]:
 
 def _read_quietly(file: io.BytesIO, **how: Any) -> pydicom.FileDataset:
     with warnings.catch_warnings(action="ignore"):  # it is read or it is not: warnings would quote it
-        return pydicom.dcmread(file, stop_before_pixels=True, **how)
+        return pydicom.dcmread(_limit_inflation(file), stop_before_pixels=True, **how)
+
+
+def _limit_inflation(file: io.BytesIO) -> io.BytesIO:
+    """The file; if its data set is deflated (PS3.5 A.5), no more of that than a header may have: 4 MB may inflate to 4 GB."""
+    content = file.getvalue()
+    if DEFLATED_SYNTAX.encode() not in content[:1024]:
+        return file
+    start = 132 if content[128:132] == b"DICM" else 0
+    meta, at = _walk_elements(content, start, explicit=True, stop_group=0x0003, wanted=(TRANSFER_SYNTAX_TAG,))
+    if at < 0 or _text(meta.get(TRANSFER_SYNTAX_TAG)) != DEFLATED_SYNTAX:
+        return file
+    inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content[at:], HEADER_LIMIT_BYTES)
+    if len(inflated) < HEADER_LIMIT_BYTES:
+        return file
+    packer = zlib.compressobj(0, wbits=-zlib.MAX_WBITS)  # as it is, in the form in which pydicom wants it
+    return io.BytesIO(content[:at] + packer.compress(inflated) + packer.flush())
 
 
 def _has_reached_pixels(file: io.BytesIO) -> bool:
@@ -345,7 +369,7 @@ def _interpret(walked: Walked, *, patient_salt: str) -> Header:
     get = values.get
     position, orientation = _floats(get("position"), 3), _floats(get("orientation"), 6)
     spacing = _floats(get("spacing"), 2)
-    study_uid = _text(get("study_uid"))
+    study_uid = _identifier(get("study_uid"))
     modality, photometric = _text(get("modality")), _text(get("photometric"))
 
     def integer(name: str) -> int:
@@ -359,8 +383,8 @@ def _interpret(walked: Walked, *, patient_salt: str) -> Header:
         modality=modality if modality in MODALITIES else "",
         image_type="\\".join(word for word in _text(get("image_type")).upper().split("\\") if word in IMAGE_TYPES),
         study_uid=study_uid,
-        series_uid=_text(get("series_uid")),
-        image_id=_text(get("image_id")),
+        series_uid=_identifier(get("series_uid")),
+        image_id=_identifier(get("image_id")),
         patient_key=patient_key(_text(get("patient_id")) or study_uid, salt=patient_salt),
         position_x_mm=position[0],
         position_y_mm=position[1],
@@ -376,7 +400,7 @@ def _interpret(walked: Walked, *, patient_salt: str) -> Header:
         row_spacing_mm=spacing[0],
         column_spacing_mm=spacing[1],
         thickness_mm=_floats(get("thickness_mm"), 1)[0],
-        kernel=_kernel_class(_text(get("kernel")), _text(get("series_description"))),
+        kernel=kernel_class(_text(get("kernel")), _text(get("series_description"))),
         samples=integer("samples"),
         photometric=photometric if photometric in PHOTOMETRIC else "",
         frames=_integer_text(get("frames"), absent=1),
@@ -445,7 +469,7 @@ def _frames(dataset: pydicom.FileDataset, whole: Header) -> Iterator[Header]:
             row_spacing_mm=spacing[0],
             column_spacing_mm=spacing[1],
             thickness_mm=_floats(look("PixelMeasuresSequence", "SliceThickness"), 1)[0],
-            kernel=_kernel_class(
+            kernel=kernel_class(
                 _text(look("CTReconstructionSequence", "ConvolutionKernel")),
                 _text(look("CTReconstructionSequence", "ConvolutionKernelGroup")),
             )
@@ -464,45 +488,15 @@ def patient_key(patient_id: str, *, salt: str) -> str:
     return hashlib.blake2b(patient_id.encode(), key=salt.encode(), digest_size=8).hexdigest()
 
 
-BONE_WORDS = re.compile(r"bone|knochen|osteo|hueso|\b(os|osseux|osso|oseo)\b|inner ?ear|petrous|temporal", re.I)
-SOFT_WORDS = re.compile(r"soft|stnd|standard|\bstd\b|smooth|brain|cereb|hirn|stroke|posterior fossa|weichteil", re.I)
-SHARP_WORDS = re.compile(r"sharp|edge|lung|detail|ultra", re.I)
-"""Asked in this order: "brain bone" is for bone, "brain sharp" for the brain; GE's words are STANDARD, SOFT, DETAIL, BONE, EDGE."""
-
-SIEMENS_KERNEL = re.compile(r"(?!FC)[A-Z][a-z]{0,2}(\d\d)[a-z]{0,2}\b", re.I)
-SHARPEST_SOFT = 49
-"""Siemens has a letter for the part of the body and a number for sharpness (H31s, J40s, Hr38, Hc44): to 49 soft, from 50 on bone."""
-
-TOSHIBA_KERNEL = re.compile(r"FC(\d\d)", re.I)
-TOSHIBA_SHARP = (3, 5, 8)
-"""Tens of Toshiba's and Canon's numbers for bone (FC30), lung (FC51) and high resolution (FC81); FC2x, FC4x and FC6x are for the
-brain, FC0x and FC1x for the body."""
-
-PHILIPS_KERNEL = dict.fromkeys(("A", "B", "UA", "UB", "UC", "EC"), "soft") | dict.fromkeys(
-    ("D", "E", "YA", "YB", "YC", "YD"), "bone"
-)
-"""Smooth, standard, and the brain's three; detail, and the Y-sharp ones."""
-
-
-def _kernel_class(kernel: str, description: str) -> str:
-    """``bone``, ``soft`` or nothing, from (0018,1210) Convolution Kernel, else (0008,103E) Series Description. The text itself,
-    which may hold anything, stays in the file."""
-    first = kernel.split("\\")[0].strip()
-    if first.upper() in PHILIPS_KERNEL:
-        return PHILIPS_KERNEL[first.upper()]
-    if toshiba := TOSHIBA_KERNEL.match(first):
-        return "bone" if int(toshiba[1]) // 10 in TOSHIBA_SHARP else "soft"
-    if siemens := SIEMENS_KERNEL.match(first):
-        return "soft" if int(siemens[1]) <= SHARPEST_SOFT else "bone"
-    for text in (first, description):
-        for words, kind in ((BONE_WORDS, "bone"), (SOFT_WORDS, "soft"), (SHARP_WORDS, "bone")):
-            if words.search(text):
-                return kind
-    return ""
-
-
 def _text(value: bytes | None) -> str:
     return value.strip(b" \0").decode("latin-1") if value else ""
+
+
+def _identifier(value: bytes | None) -> str:
+    """An identifier, which need be no UID. One whose length is damaged runs on into the next elements, a name or a date among
+    them: the bytes of their tags, which are no characters, give that away."""
+    text = _text(value)
+    return text if PRINTABLE.fullmatch(text) else ""
 
 
 def _integer_text(value: bytes | None, *, absent: int) -> int:
@@ -563,7 +557,7 @@ def read_stored(
 
     Raises:
         PixelFault: `changed` where the file is gone, cannot be read, or is not the one that `index` saw (perhaps for a moment: it
-            must not be remembered as a defect); `truncated_pixels`; `undecodable`, `decoder_died` or `decoder_hung`.
+            must not be remembered as a defect), and so `zip_damaged`; `truncated_pixels`; `undecodable`, `decoder_died` or `decoder_hung`.
     """
     length = rows * columns * 2
     kind = np.dtype("<i2" if signed else "<u2")
@@ -575,7 +569,7 @@ def read_stored(
             return np.require(stored, requirements=["C", "W"])
         content = read_part(place, pixel_offset, length, scratch)
     except DamagedError:
-        raise PixelFault("undecodable") from None
+        raise PixelFault("zip_damaged") from None
     except ChangedError:
         raise PixelFault("changed") from None
     except DecodeError as error:

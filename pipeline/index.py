@@ -21,12 +21,12 @@ from pipeline.dicom import DEFLATED_SYNTAX, NATIVE, Header, PixelFault, patient_
 from pipeline.errors import SourceError
 from pipeline.hounsfield import is_wrapped
 from pipeline.labels import LABELS, UNKNOWN, read_labels
-from pipeline.manifest import EXCLUDED, REASONS, SPACINGS, USED, kept
+from pipeline.manifest import EXCLUDED, PERHAPS_MENDED, REASONS, SPACINGS, USED, kept
 from pipeline.progress import Progress
 from pipeline.series import choose_series, find_turns, measure_gaps, measure_positions, measure_tilts, normals
-from pipeline.source import FILE_COLUMNS, Place, Scratch, containers, find_files
+from pipeline.source import FILE_COLUMNS, IDENTITY, Place, Scratch, containers, find_files
 
-HEADER_VERSION = "2"
+HEADER_VERSION = "3"
 """Raise it when `read_headers` reads more or otherwise: an older header table is then read anew."""
 
 FILES_PER_TASK = 512
@@ -36,10 +36,10 @@ AXIAL_COSINE = np.cos(np.deg2rad(45.0))
 PLAUSIBLE_SPACING_MM = (0.01, 20.0)
 WIDEST_FIELD_MM = 1000.0
 FARTHEST_MM = 100_000.0
-STEEPEST_SLOPE, FARTHEST_INTERCEPT_HU = 100.0, 32_768.0
-FEWEST_PIXELS = 16
+FLATTEST_SLOPE, STEEPEST_SLOPE, FARTHEST_INTERCEPT_HU = 0.001, 100.0, 32_768.0
+FEWEST_PIXELS, MOST_PIXELS = 16, 8192
 """Beyond these a header is wrong whatever made it, and would only make rubbish, or fail, further on. No gantry is a metre wide,
-and one slice that claims to be would make all of its study small."""
+and one slice that claims to be would make all of its study small. 8192 × 8192 take 0.4 GB on the way."""
 
 HEADER_COLUMNS = list(Header._fields)
 PIXEL_COLUMNS = ["transfer_syntax", "frame", "rows", "columns", "bits_stored", "signed", "pixel_offset"]
@@ -66,13 +66,17 @@ def build_manifest(
         LabelError: the label CSV is at fault.
     """
     labels = read_labels(Path(config.source.labels)) if config.source.labels else None
-    files = find_files(config.source.entries)
+    known_headers = _usable(known_headers, config)
+    files = find_files(config.source.entries, known_headers.loc[known_headers["frame"] <= 0, FILE_COLUMNS])
     headers = read_header_table(files, config, known_headers)
+    del known_headers, files  # 25,000 studies have 400 MB of headers: once is enough
     manifest = classify(headers, config)
     if (manifest["status"] == EXCLUDED).all():
         reasons = manifest["reason"].value_counts()
         listed = "; ".join(f"{count} × {REASONS[str(reason)][1]}" for reason, count in reasons.items())
-        raise SourceError(f"source.dicom: {len(files)} files found, none of them a usable axial CT slice ({listed})")
+        raise SourceError(
+            f"source.dicom: {(headers['frame'] <= 0).sum()} files found, none of them a usable axial CT slice ({listed})"
+        )
     manifest, found = join_labels(manifest, labels)
     return manifest, headers, found | _count_spacings(manifest)
 
@@ -88,38 +92,43 @@ def read_known_headers(path: Path) -> pd.DataFrame | None:
         return None
 
 
-def read_header_table(files: pd.DataFrame, config: Config, known: pd.DataFrame | None) -> pd.DataFrame:
+def _version(config: Config) -> str:
+    return f"{HEADER_VERSION}-{patient_key('', salt=config.index.patient_salt)}"
+
+
+def _usable(known: pd.DataFrame | None, config: Config) -> pd.DataFrame:
+    """The header table of an earlier run; an empty one where there is none, or one that was made otherwise."""
+    if known is None or "version" not in known or not (known["version"] == _version(config)).all():
+        return pd.DataFrame(columns=[*FILE_COLUMNS, *HEADER_COLUMNS, "pixel_digest", "version"])
+    return known
+
+
+def read_header_table(files: pd.DataFrame, config: Config, known: pd.DataFrame) -> pd.DataFrame:
     """Join `files` with their headers, reading only those that `known` does not hold unchanged.
 
     Returns:
         One row a slice: `FILE_COLUMNS`, the header, ``pixel_digest`` (of slices that share an identifier), ``version``.
     """
-    version = f"{HEADER_VERSION}-{patient_key('', salt=config.index.patient_salt)}"
-    if known is None or "version" not in known or not (known["version"] == version).all():
-        known = _no_headers()
     if known[FILE_COLUMNS].equals(files) and not (known["fault"] == "unreadable").any():
         print(f"index: {len(files):,} files, 0 new or changed", flush=True)
         return known
     known = known[known["fault"] != "unreadable"]  # perhaps the disk did not answer for a moment: ask again
     known = known.reset_index(drop=True)
-    matched = files.reset_index().merge(
-        known[FILE_COLUMNS].reset_index(), on=FILE_COLUMNS, how="left", suffixes=("", "_known")
-    )
+    matched = files.reset_index().merge(known[IDENTITY].reset_index(), on=IDENTITY, how="left", suffixes=("", "_known"))
     is_new = matched["index_known"].isna().to_numpy()
     old = known.loc[matched["index_known"][~is_new].astype(int)].set_axis(matched["index"][~is_new])
     new = files[matched.drop_duplicates("index")["index_known"].isna().to_numpy()]
     print(f"index: {len(files):,} files, {len(new):,} new or changed", flush=True)
-    parts = [old.drop(columns=FILE_COLUMNS)] if len(old) else []
+    headers = old.drop(columns=FILE_COLUMNS)
+    del known, matched, old  # each as large as all that is known
     if len(new):
-        parts.append(_read_new(new, config).assign(pixel_digest=""))
-    headers = pd.concat(parts).sort_index(kind="stable")
+        read = _read_new(new, config).assign(pixel_digest="")
+        headers = pd.concat([headers, read]) if len(headers) else read
+        del read
+    headers = headers.sort_index(kind="stable")
     table = files.loc[headers.index].reset_index(drop=True)
-    table = pd.concat([table, headers.reset_index(drop=True)], axis=1).assign(version=version)
+    table = pd.concat([table, headers.reset_index(drop=True)], axis=1).assign(version=_version(config))
     return table.astype({name: table.dtypes[name] for name in FILE_COLUMNS} | {"pixel_digest": "str", "version": "str"})
-
-
-def _no_headers() -> pd.DataFrame:
-    return pd.DataFrame(columns=[*FILE_COLUMNS, *HEADER_COLUMNS, "pixel_digest", "version"])
 
 
 def _read_new(new: pd.DataFrame, config: Config) -> pd.DataFrame:
@@ -231,9 +240,10 @@ def _header_faults(files: pd.DataFrame, normal: np.ndarray) -> pd.Series:
         "implausible": ~((spacing >= PLAUSIBLE_SPACING_MM[0]) & (spacing <= PLAUSIBLE_SPACING_MM[1])).all(axis=1)
         | (spacing > WIDEST_FIELD_MM / files[["rows", "columns"]].clip(lower=1).to_numpy()).any(axis=1)
         | ~(files[geometry[:3]].abs() < FARTHEST_MM).all(axis=1)
-        | (files["slope"].abs() > STEEPEST_SLOPE)
+        | ~files["slope"].abs().between(FLATTEST_SLOPE, STEEPEST_SLOPE)
         | (files["intercept"].abs() > FARTHEST_INTERCEPT_HU)
-        | (files[["rows", "columns"]] < FEWEST_PIXELS).any(axis=1),
+        | (files[["rows", "columns"]] < FEWEST_PIXELS).any(axis=1)
+        | (files[["rows", "columns"]] > MOST_PIXELS).any(axis=1),
         "truncated_pixels": native
         & ((files["pixel_offset"] + expected > files["size"]) | files["pixel_length"].between(0, expected - 1)),
     }
@@ -271,7 +281,7 @@ def _compare_duplicates(headers: pd.DataFrame, reason: pd.Series, config: Config
     shared = headers.loc[shared.index]
     faulty = shared["pixel_digest"].isin(REASONS)
     reason[shared.index[faulty]] = shared.loc[faulty, "pixel_digest"]
-    headers.loc[shared.index[shared["pixel_digest"] == "changed"], "pixel_digest"] = ""  # perhaps for a moment
+    headers.loc[shared.index[shared["pixel_digest"].isin(PERHAPS_MENDED)], "pixel_digest"] = ""
     shared = shared[~faulty]
     first = shared.groupby("image_id", sort=False)[[*COMPARED, "pixel_digest"]].transform("first")
     agrees = ((shared[first.columns] == first) | (shared[first.columns].isna() & first.isna())).all(axis=1)
@@ -314,7 +324,7 @@ def _in_order(manifest: pd.DataFrame) -> pd.DataFrame:
     gap_mm, spacing = measure_gaps(study[order], position_mm[order])
     slices = slices.assign(gap_mm=gap_mm, spacing=spacing)
     rest = manifest[manifest["status"] == EXCLUDED].assign(gap_mm=np.nan, spacing="")
-    ordered = pd.concat([slices, rest]).reset_index(drop=True)
+    ordered = (pd.concat([slices, rest]) if len(rest) else slices).reset_index(drop=True)
     return ordered.astype({"spacing": "str"})
 
 

@@ -25,7 +25,7 @@ REASONS: dict[str, tuple[str, str]] = {
     "unreadable": (EXCLUDED, "the file cannot be read or parsed"),
     "zip_method": (
         EXCLUDED,
-        "packed in its zip in a way that cannot be read (encrypted, or neither stored nor deflated)",
+        "its zip holds it in a way that cannot be read (encrypted, neither stored nor deflated, or beyond the zip's end)",
     ),
     "not_dicom": (EXCLUDED, "not a DICOM file"),
     "dicomdir": (EXCLUDED, "a DICOM directory (DICOMDIR), no image"),
@@ -49,6 +49,7 @@ REASONS: dict[str, tuple[str, str]] = {
     "other_series": (EXCLUDED, "another series was chosen"),
     # Found when the pixels are read.
     "changed": (EXCLUDED, "the file changed after index read it"),
+    "zip_damaged": (EXCLUDED, "its zip holds it damaged: it does not agree with its checksum"),
     "undecodable": (EXCLUDED, "its pixel data cannot be decoded"),
     "decoder_died": (EXCLUDED, "its pixel data crashed the decoder"),
     "decoder_hung": (EXCLUDED, "its pixel data kept the decoder busy without end"),
@@ -66,6 +67,10 @@ REASONS: dict[str, tuple[str, str]] = {
 
 CHOSEN_AGAINST = ("other_series", "duplicate")
 """Exclusions by choice, not by defect: they do not count towards `index.max_excluded_fraction`."""
+
+PERHAPS_MENDED = ("changed", "zip_damaged")
+"""Faults of where a file lies, not of the file: they are not remembered, so that a disk that was away, or a zip that is fetched
+anew, is asked again."""
 
 SPACINGS = ("hole", "overlap", "same_position")
 """What `spacing` says of the distance to the slice below, where it is not as it should be."""

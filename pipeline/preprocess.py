@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -50,7 +50,7 @@ from pipeline.hounsfield import (
     unwrap,
 )
 from pipeline.labels import LABELS, UNKNOWN
-from pipeline.manifest import EXCLUDED, REASONS, account, kept, refuse_too_many_exclusions
+from pipeline.manifest import EXCLUDED, PERHAPS_MENDED, REASONS, account, kept, refuse_too_many_exclusions
 from pipeline.progress import Progress
 from pipeline.series import ORIENTATION, TRANSPOSED, turn, turn_cosines
 from pipeline.shard import SLOTS, build_shard, encode_chunk
@@ -99,6 +99,9 @@ class SliceFacts(NamedTuple):
     field_mm: float
     turn: int
     reason: str
+
+
+PLACE_IN_ZIP = ("method", "offset", "packed_size")
 
 
 class StudyTask(NamedTuple):
@@ -186,9 +189,9 @@ class Plan:
         self.config, self.wip = config.preprocess, wip.absolute()
         self.bounds = _study_bounds(slices)
         self._containers = containers(config.source.entries, slices)
-        self._columns = [
-            slices[name].to_numpy(object if slices[name].dtype == "str" else None) for name in SliceFacts._fields
-        ]
+        self._columns = {
+            name: slices[name].to_numpy(object if slices[name].dtype == "str" else None) for name in SliceFacts._fields
+        }
         shape = json.dumps(
             [
                 _code_digest(),
@@ -197,8 +200,10 @@ class Plan:
                 [(name, w.centre, w.width) for name, w in self.config.windows.items()],
             ]
         ).encode()
+        # not where in a zip a file lies: its checksum says what it is
+        shaping = [column for name, column in self._columns.items() if name not in PLACE_IN_ZIP]
         self.fingerprints = [
-            hashlib.sha256(shape + json.dumps(self._facts(start, stop)).encode()).hexdigest()[:32]
+            hashlib.sha256(shape + json.dumps(_rows(shaping, start, stop)).encode()).hexdigest()[:32]
             for start, stop in self.bounds
         ]
 
@@ -209,12 +214,9 @@ class Plan:
         start, stop = self.bounds[number]
         return stop - start
 
-    def _facts(self, start: int, stop: int) -> list[tuple[Any, ...]]:
-        return list(zip(*(column[start:stop].tolist() for column in self._columns), strict=True))
-
     def task(self, number: int) -> StudyTask:
         start, stop = self.bounds[number]
-        facts = [SliceFacts._make(row) for row in self._facts(start, stop)]
+        facts = [SliceFacts._make(row) for row in _rows(self._columns.values(), start, stop)]
         config = self.config
         return StudyTask(
             self.fingerprints[number],
@@ -225,6 +227,10 @@ class Plan:
             config.crop,
             config.windows,
         )
+
+
+def _rows(columns: Iterable[np.ndarray], start: int, stop: int) -> list[tuple[Any, ...]]:
+    return list(zip(*(column[start:stop].tolist() for column in columns), strict=True))
 
 
 def _study_bounds(slices: pd.DataFrame) -> list[tuple[int, int]]:
@@ -257,14 +263,14 @@ def _parts(slices_kept: int) -> int:
 
 def _read_result(wip: Path, fingerprint: str) -> StudyResult | None:
     """The result of a finished study. It is written last, and tells the size of the shards, so that its presence vouches for
-    them; a study with a changed file is tried again."""
+    them; a study with a file that is perhaps mended is tried again."""
     try:
         result = StudyResult(fingerprint, **json.loads((wip / f"{fingerprint}.json").read_bytes()))
         shards = [shard_path(wip, fingerprint, part) for part in range(_parts(sum(result.kept)))]
         is_whole = sum(path.stat().st_size for path in shards) == result.stored_bytes
     except (OSError, ValueError, TypeError):  # not there, or damaged
         return None
-    return result if is_whole and "changed" not in result.faults.values() else None
+    return result if is_whole and not set(PERHAPS_MENDED) & set(result.faults.values()) else None
 
 
 def _check_source_and_space(config: Config, plan: Plan, waiting: Sequence[int], data: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -48,11 +48,19 @@ URL_BLOCK_BYTES = 1 << 20
 
 URL = re.compile(r"^[a-z][a-z0-9+.-]+://")
 
-FILE_COLUMNS = ["source", "archive", "path", "size", "stamp", "method", "offset", "packed_size"]
+IDENTITY = ["source", "archive", "path", "size", "stamp"]
+FILE_COLUMNS = [*IDENTITY, "archive_stamp", "method", "offset", "packed_size"]
 """`source` is the number of the entry of `source.dicom`; `archive` the zip within it; `path` lies within archive or source; `stamp`
-changes with the content: mtime in ns, CRC-32, or a hash of S3's ETag; the last three say where a zip's member lies."""
+changes with the content: mtime in ns, CRC-32, or a hash of S3's ETag; `archive_stamp` with the zip; the last three say where a
+zip's member lies. A file is the same as before where its `IDENTITY` is."""
 
-_NUMBERS = ["source", "size", "stamp", "method", "offset", "packed_size"]
+_NUMBERS = ["source", "size", "stamp", "archive_stamp", "method", "offset", "packed_size"]
+
+Listing = list[tuple[Any, ...]]
+"""Rows of a table without their source."""
+
+Found = tuple[str, str, int, int, Callable[[], Any]]
+"""A file's path in its source, its full name, size and stamp, and how to open it."""
 
 
 BadDeflateError: Any = isal_zlib.error
@@ -91,11 +99,12 @@ class DamagedError(ChangedError):
     """A zip's member is the one that `index` saw, and does not unpack to its checksum: reading it again will not help."""
 
 
-def find_files(sources: Sequence[str]) -> pd.DataFrame:
+def find_files(sources: Sequence[str], known: pd.DataFrame | None = None) -> pd.DataFrame:
     """List every file of the sources, in the order of source, archive and path.
 
     Args:
         sources: folders (searched recursively; zips in them are opened), files, zips, globs, or URLs such as ``s3://bucket/head-ct``.
+        known: an earlier listing; the directory of a zip that has not changed since is not parsed again.
 
     Returns:
         One row a file with `FILE_COLUMNS`.
@@ -103,7 +112,7 @@ def find_files(sources: Sequence[str]) -> pd.DataFrame:
     Raises:
         SourceError: a source does not exist or cannot be listed, a glob matches nothing, or there is no file at all.
     """
-    tables = [_list_source(number, source) for number, source in enumerate(sources)]
+    tables = [_list_source(number, source, known) for number, source in enumerate(sources)]
     files = pd.concat(tables, ignore_index=True)
     if files.empty:
         raise SourceError(f"source.dicom: no file in {', '.join(sources)}")
@@ -157,9 +166,9 @@ def _is_glob(source: str) -> bool:
     return glob.has_magic(source) and not URL.match(source) and not os.path.exists(source)
 
 
-def _list_source(number: int, source: str) -> pd.DataFrame:
+def _list_source(number: int, source: str, known: pd.DataFrame | None) -> pd.DataFrame:
     if URL.match(source):
-        return _table(number, _list_url(source))
+        return _open_archives(number, _list_url(source), known)
     root = _root(source)
     tops = _match(source) if _is_glob(source) else [source]
     if not tops or not os.path.exists(tops[0]):
@@ -174,7 +183,11 @@ def _list_source(number: int, source: str) -> pd.DataFrame:
             found |= {_shown(os.path.join(relative, path)): status for path, status in _walk(top)}
         elif os.path.isfile(top):
             found[_shown(relative)] = os.stat(top)
-    return _table(number, _open_archives(root, _once(found) if "**" in source else found))
+    files = (
+        (path, name := _join(root, path), status.st_size, status.st_mtime_ns, partial(open, name, "rb"))
+        for path, status in (_once(found) if "**" in source else found).items()
+    )
+    return _open_archives(number, files, known)
 
 
 def _match(pattern: str) -> list[str]:
@@ -188,16 +201,40 @@ def _once(found: dict[str, os.stat_result]) -> dict[str, os.stat_result]:
     return {path: found[path] for path in by_file.values()}
 
 
-def _table(number: int, rows: Iterator[tuple[Any, ...]]) -> pd.DataFrame:
-    table = pd.DataFrame(list(rows), columns=FILE_COLUMNS[1:])
-    table.insert(0, "source", number)
-    table = table.astype({**dict.fromkeys(_NUMBERS, np.int64), "archive": "str", "path": "str"})
+def _open_archives(number: int, files: Iterable[Found], known: pd.DataFrame | None) -> pd.DataFrame:
+    """The listing of a source: its files, and the members of its zips."""
+    plain: Listing = []
+    tables = []
+    for path, name, size, stamp, open_file in files:
+        archive_stamp = _hash(f"{size} {stamp}") if is_zip_name(name) else 0
+        before = _known_members(known, number, path, archive_stamp) if archive_stamp else None
+        if before is not None:
+            tables.append(before)
+        elif (members := _list_zip(name, open_file) if archive_stamp else None) is not None:
+            tables.append(_table(number, [(path, *row[:3], archive_stamp, *row[3:]) for row in members]))
+        else:
+            plain.append(("", path, size, stamp, 0, NOT_PACKED, 0, 0))
+    tables.append(_table(number, plain))
+    table = pd.concat(tables) if len(tables) > 1 else tables[0]
     return table.sort_values(["archive", "path"], kind="stable", ignore_index=True)
+
+
+def _known_members(known: pd.DataFrame | None, number: int, path: str, archive_stamp: int) -> pd.DataFrame | None:
+    if known is None or not len(known):
+        return None
+    same = known[(known["source"] == number) & (known["archive_stamp"] == archive_stamp) & (known["archive"] == path)]
+    return same if len(same) else None
+
+
+def _table(number: int, rows: Listing) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=FILE_COLUMNS[1:])
+    table.insert(0, "source", number)
+    return table.astype({**dict.fromkeys(_NUMBERS, np.int64), "archive": "str", "path": "str"})
 
 
 def _shown(path: str) -> str:
     """A name that is no UTF-8 is shown escaped; nothing is found under it, so it is excluded as unreadable."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
@@ -221,31 +258,22 @@ def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
                     yield path, entry.stat()
 
 
-def _open_archives(root: str, found: dict[str, os.stat_result]) -> Iterator[tuple[Any, ...]]:
-    for path, status in found.items():
-        archive = _join(root, path)
-        rows = _list_zip(archive, partial(open, archive, "rb")) if is_zip_name(archive) else None
-        if rows is None:
-            yield "", path, status.st_size, status.st_mtime_ns, NOT_PACKED, 0, 0
-        else:
-            yield from ((path, *row) for row in rows)
-
-
 def is_zip_name(path: str) -> bool:
     """Whether a name is that of a zip."""
     return path.lower().endswith(".zip")
 
 
-def _list_zip(archive: str, open_file: Callable[[], Any]) -> list[tuple[Any, ...]] | None:
+def _list_zip(archive: str, open_file: Callable[[], Any]) -> Listing | None:
     """The members of a zip; None where it is none in spite of its name: then it is a file like any other."""
     try:
         with open_file() as file:
             is_cut_short = file.read(len(MEMBER_MARK)) == MEMBER_MARK  # if it has no directory, which stands at the end
-            is_whole = file.seek(0, os.SEEK_END) >= SMALLEST_ZIP and zipfile.is_zipfile(file)
+            end = file.seek(0, os.SEEK_END)
+            is_whole = end >= SMALLEST_ZIP and zipfile.is_zipfile(file)
             if not (is_whole or is_cut_short):
                 return None
             with zipfile.ZipFile(file) as directory:
-                return [_describe_member(member) for member in directory.infolist() if not member.is_dir()]
+                return [_describe_member(member, end=end) for member in directory.infolist() if not member.is_dir()]
     except FileNotFoundError:  # its name is no UTF-8
         return None
     except Exception as error:  # zipfile raises six kinds, and each storage has its own
@@ -254,14 +282,15 @@ def _list_zip(archive: str, open_file: Callable[[], Any]) -> list[tuple[Any, ...
         ) from None
 
 
-def _describe_member(member: zipfile.ZipInfo) -> tuple[Any, ...]:
+def _describe_member(member: zipfile.ZipInfo, *, end: int) -> tuple[Any, ...]:
     is_readable = member.compress_type in (STORED, DEFLATED) and not member.flag_bits & ENCRYPTED
-    method = member.compress_type if is_readable else UNREADABLE_METHOD
+    is_inside = member.header_offset + member.compress_size <= end
+    method = member.compress_type if is_readable and is_inside else UNREADABLE_METHOD
     numbers = (member.file_size, member.CRC, method, member.header_offset, member.compress_size)
     return member.filename, *(min(number, LARGEST) for number in numbers)
 
 
-def _list_url(url: str) -> Iterator[tuple[Any, ...]]:
+def _list_url(url: str) -> Iterator[Found]:
     try:
         system, path, found = _ask(url, lambda system, path: (system, path, system.find(path, detail=True)))
     except OSError as error:
@@ -272,11 +301,7 @@ def _list_url(url: str) -> Iterator[tuple[Any, ...]]:
     for name, facts in files.items():
         relative = name.removeprefix(f"{path}/") if name != path else ""
         open_file = partial(system.open, name, "rb", block_size=URL_BLOCK_BYTES)
-        rows = _list_zip(_join(url, relative), open_file) if is_zip_name(name) else None
-        if rows is None:
-            yield "", relative, facts["size"], _stamp_of(facts), NOT_PACKED, 0, 0
-        else:
-            yield from ((relative, *row) for row in rows)
+        yield relative, _join(url, relative), facts["size"], _stamp_of(facts), open_file
 
 
 def _is_folder_mark(facts: dict[str, Any]) -> bool:
@@ -287,7 +312,12 @@ def _is_folder_mark(facts: dict[str, Any]) -> bool:
 def _stamp_of(facts: dict[str, Any]) -> int:
     """What stands for the content of a stored object: its ETag, or where there is none its time of change."""
     mark = str(facts.get("ETag") or facts.get("etag") or facts.get("LastModified") or facts.get("mtime") or "")
-    return int.from_bytes(hashlib.blake2b(mark.encode(), digest_size=7).digest(), "big")
+    return _hash(mark)
+
+
+def _hash(text: str) -> int:
+    """56 bits that stand for a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 @lru_cache(maxsize=8)

@@ -248,7 +248,9 @@ def send_store(folder: Path, url: str, *, system: Any, target: str) -> None:
             system.rm_file(f"{target}/{root}")
         # of an array that now holds nothing but its fill value, even the one chunk would be stale
         arrays = tuple(f"{target}/{path.name}/" for path in folder.iterdir() if path.is_dir())
-        stale = {name for name in system.find(target) if name.startswith(arrays)} - {f"{target}/{path}" for path in paths}
+        stale = {name for name in system.find(target) if name.startswith(arrays)} - {
+            f"{target}/{path}" for path in paths
+        }
         if stale:
             system.rm(sorted(stale))
         with Progress(len(paths), what="sending", unit="files") as progress:

@@ -22,10 +22,8 @@ def main(arguments: argparse.Namespace) -> None:
 def _index(config: Config, arguments: argparse.Namespace) -> None:
     folder = arguments.data / "index"
     headers_path = folder / "headers.parquet"
-    known = read_known_headers(headers_path)
-    manifest, headers, found = build_manifest(config, known)
-    if headers is not known:
-        write_parquet(headers_path, headers)
+    manifest, headers, found = build_manifest(config, read_known_headers(headers_path))
+    write_parquet(headers_path, headers)
     write_manifest(folder / "manifest.parquet", manifest)
     totals = account(manifest)
     write_json(folder / "summary.json", {**totals, **found, **examples(manifest)})

@@ -31,7 +31,18 @@ def last_line(*arguments: str) -> dict[str, object]:
 def test_benchmark_ends_in_figures(cohort: Cohort, name: str) -> None:
     arguments = {
         "bench_scale.py": ["--studies", "10", "--label-images", "1000"],
-        "bench_preprocess.py": ["--size", "64", "--image-size", "32", "--rounds", "1", "--tasks", "8", "--files", "600"],
+        "bench_preprocess.py": [
+            "--size",
+            "64",
+            "--image-size",
+            "32",
+            "--rounds",
+            "1",
+            "--tasks",
+            "8",
+            "--files",
+            "600",
+        ],
         "bench_reader.py": ["--data", str(cohort.data), "--slices", "4", "--rounds", "1"],
     }[name]
     if name == "bench_preprocess.py":

@@ -76,6 +76,7 @@ class Run:
             "patient_key": np.array([f"key{study:08x}" for study in range(STUDIES)], object),
             "fingerprint": np.array([f"fingerprint{study}" for study in range(STUDIES)], object),
             "orientation": np.zeros((STUDIES, 6)),
+            "box_mm": np.zeros((STUDIES, 3)),
         }
         study_uid = np.array([f"ID_{study:010x}" for study in range(STUDIES)], object)
         position = np.zeros(self.labels.shape[:2], np.float32)

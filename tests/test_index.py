@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,14 @@ def test_series_with_most_slices_is_chosen_and_the_other_named(cohort: Cohort) -
         (cohort.dicom / "ID_000010000.dcm").rename(cohort.dicom / f"other{k}.dcm")
     cohort.add_study(1, 5)
     manifest, _, _ = build_manifest(cohort.config())
-    assert account(manifest) == {"files": 7,
-        "slices_found": 7, "used": 5, "repaired": 0, "excluded": 2, "reasons": {"other_series": 2}}
+    assert account(manifest) == {
+        "files": 7,
+        "slices_found": 7,
+        "used": 5,
+        "repaired": 0,
+        "excluded": 2,
+        "reasons": {"other_series": 2},
+    }
 
 
 def test_same_image_identifier_twice_is_used_once(cohort: Cohort) -> None:
@@ -218,6 +225,39 @@ def test_unchanged_files_are_not_read_again(cohort: Cohort, monkeypatch: pytest.
     assert len(third) == 4
     build_manifest(cohort.config(index__patient_salt="other"), headers)
     assert len(read) == 6  # another salt, another key: nothing old may be used
+
+
+def test_unchanged_zip_is_not_parsed_again_and_a_longer_one_costs_what_is_new(
+    cohort: Cohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort.add_study(1, 3)
+    archive = cohort.folder / "ct.zip"
+
+    def pack(mode: str) -> None:
+        with zipfile.ZipFile(archive, mode) as file:  # type: ignore[call-overload]
+            for path in sorted(cohort.dicom.iterdir()):
+                file.write(path, path.name)
+                path.unlink()
+
+    pack("w")
+    first, headers, _ = build_manifest(cohort.config(source__dicom=str(archive)))
+    parsed: list[str] = []
+    real = zipfile.ZipFile
+    monkeypatch.setattr(zipfile, "ZipFile", lambda file: parsed.append("") or real(file))
+    second, headers, _ = build_manifest(cohort.config(source__dicom=str(archive)), headers)
+    assert not parsed
+    pd.testing.assert_frame_equal(first, second)
+    monkeypatch.setattr(zipfile, "ZipFile", real)
+    cohort.add_study(2, 2)
+    pack("a")
+    read: list[int] = []
+    read_headers = pipeline.index.read_headers
+    monkeypatch.setattr(
+        pipeline.index, "read_headers", lambda place, **salt: read.append(1) or read_headers(place, **salt)
+    )
+    third, _, _ = build_manifest(cohort.config(source__dicom=str(archive)), headers)
+    assert len(read) == 2
+    assert account(third)["used"] == 5
 
 
 def test_file_that_could_not_be_read_is_asked_again(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:

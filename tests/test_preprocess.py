@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,7 @@ from pipeline.index import build_manifest
 from pipeline.phantom.dicom_writer import StoredForm
 from pipeline.preprocess import SliceReader, preprocess
 from pipeline.store import Store
-from tests.conftest import REAL_DICOM, ROOT, SIGNED_16, Cohort, tree_bytes
+from tests.conftest import REAL_DICOM, SIGNED_16, Cohort, tree_bytes
 
 
 def run(cohort: Cohort, data: Path | None = None, **changes: Any) -> tuple[Store, dict[str, Any], pd.DataFrame]:
@@ -202,16 +198,6 @@ def test_file_that_is_away_for_a_while_is_not_forgotten(cohort: Cohort) -> None:
     assert Store(cohort.data / "store.zarr").num_slices.tolist() == [3]
 
 
-def test_damaged_record_of_a_finished_study_is_made_anew(cohort: Cohort) -> None:
-    cohort.add_study(1, 2)
-    first, _, _ = run(cohort)
-    (record,) = (cohort.data / "wip" / "shards").glob("*.json")
-    record.write_text('{"kept"')
-    before = tree_bytes(first.path)
-    second, _, _ = run(cohort)
-    assert tree_bytes(second.path) == before
-
-
 def test_vanished_source_is_an_error(cohort: Cohort) -> None:
     cohort.add_study(1, 2)
     config = cohort.config()
@@ -228,95 +214,11 @@ def test_too_little_disk_is_said_before_the_start(cohort: Cohort, monkeypatch: p
         run(cohort)
 
 
-def test_second_run_on_one_output_is_refused(cohort: Cohort) -> None:
-    from pipeline.files import only_one
-
-    cohort.add_study(1, 2)
-    with (
-        only_one(cohort.data / "wip" / "preprocess.lock", "preprocess"),
-        pytest.raises(IchorError, match="another preprocess is running"),
-    ):
-        run(cohort)
-
-
 def test_preprocess_without_index_says_what_to_do(cohort: Cohort, run_stage: Callable[..., Any]) -> None:
     cohort.write_params()
     ran = run_stage("preprocess")
     assert ran.code == 1
     assert "no manifest; run `python -m stages.index`" in ran.err
-
-
-def hear_ctrl_c() -> None:
-    """As at a terminal: what a shell runs in the background ignores Ctrl-C, and so would its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_killed_run_goes_on_and_ends_in_the_same_bytes(
-    cohort: Cohort, tmp_path: Path, run_stage: Callable[..., Any], sign: signal.Signals
-) -> None:
-    for number in range(40):
-        cohort.add_study(number, 8)
-    changes = {"preprocess__image_size": 512}  # slow enough to be caught half-way
-    reference, _, _ = run(cohort, data=tmp_path / "reference", **changes)
-    cohort.write_params(**changes)
-    assert run_stage("index").code == 0
-    shards = cohort.data / "wip" / "shards"
-    command = [
-        sys.executable,
-        "-m",
-        "stages.preprocess",
-        "--params",
-        str(cohort.folder / "params.yaml"),
-        "--data",
-        str(cohort.data),
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
-    while process.poll() is None and len(list(shards.glob("*.json"))) < 3:
-        time.sleep(0.002)
-    process.send_signal(sign)
-    _, err = process.communicate(timeout=60)
-    finished = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.shard")}
-    assert 0 < len(finished) < 40, "the run was to be stopped half-way"
-    assert not (cohort.data / "store.zarr").exists()
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[sign]
-    if sign != signal.SIGKILL:
-        assert "finished work is kept" in err
-        assert "Traceback" not in err
-    assert run_stage("preprocess").code == 0
-    expected = tree_bytes(reference.path)
-    found = tree_bytes(cohort.data / "store.zarr")
-    assert {name: content for name, content in found.items() if name != "zarr.json"} == {
-        name: content for name, content in expected.items() if name != "zarr.json"
-    }
-    assert {path.name: path.stat().st_mtime_ns for path in shards.glob("*.shard") if path.name in finished} == finished
-
-
-def test_ctrl_c_at_a_terminal_reaches_all_processes_and_ends_cleanly(
-    cohort: Cohort, run_stage: Callable[..., Any]
-) -> None:
-    for number in range(40):
-        cohort.add_study(number, 8)
-    cohort.write_params(preprocess__image_size=512, preprocess__workers=2)
-    assert run_stage("index").code == 0
-    command = [sys.executable, "-m", "stages.preprocess", "--params", str(cohort.folder / "params.yaml")]
-    process = subprocess.Popen(
-        [*command, "--data", str(cohort.data)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=hear_ctrl_c,
-    )
-    while process.poll() is None and not list((cohort.data / "wip" / "shards").glob("*.json")):
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, out
-    assert "finished work is kept" in out
-    assert "Traceback" not in out
-    assert run_stage("preprocess").code == 0
 
 
 def test_crop_shows_the_head_and_the_store_says_where_it_was(cohort: Cohort) -> None:

@@ -39,12 +39,13 @@ from pydicom.uid import (
 
 import pipeline.index
 import pipeline.preprocess
-from pipeline.dicom import TAGS
+from pipeline.dicom import TAGS, read_headers
 from pipeline.errors import SourceError
 from pipeline.index import build_manifest
 from pipeline.manifest import account, kept, write_manifest
 from pipeline.preprocess import preprocess
 from pipeline.sheet import draw_sheet
+from pipeline.source import Place
 from pipeline.store import Store
 from tests.conftest import SIGNED_16, UNSIGNED_12, Cohort, Ran
 
@@ -139,7 +140,9 @@ def plant_simply(dataset: FileDataset) -> None:
 
 
 def plant_fully(dataset: FileDataset) -> None:
+    """More than `read_head` reads."""
     plant_all(dataset)
+    plant(dataset, 0x00104000, "LT", f"{MARK}00104000" * 1000)
     plant_private(dataset)
     plant_file_meta(dataset)
 
@@ -459,6 +462,29 @@ def test_nothing_planted_leaves_dask_workers(
         == []
     )
     assert "Warning" not in err
+
+
+def test_damaged_header_tells_no_more_than_a_sound_one(planted: Cohort, tmp_path: Path) -> None:
+    """A damaged length lets an element, an identifier among them, run on into the next ones."""
+    contents = [path.read_bytes() for path in sorted(planted.dicom.glob("*.dcm"))]
+    rng = np.random.default_rng(0)
+    damaged = tmp_path / "damaged"
+    found = []
+    for number in range(1500):
+        content = bytearray(contents[number % len(contents)])
+        for at in rng.integers(min(128, len(content) - 1), min(1200, len(content)), rng.integers(1, 6)).tolist():
+            content[at] = rng.integers(256)
+        damaged.write_bytes(content)
+        status = damaged.stat()
+        headers = read_headers(Place(str(damaged), status.st_size, status.st_mtime_ns), patient_salt="salt")
+        found += leaks([(str(number), str(header).encode(), False) for header in headers])
+    long = RawDataElement(Tag(TAGS["image_id"]), "UI", 80, b"1.2." * 20, 0, False, True)
+    dataset = pydicom.dcmread(planted.dicom / "ID_000010000.dcm")
+    dataset[TAGS["image_id"]] = long
+    pydicom.dcmwrite(damaged, dataset, enforce_file_format=False)
+    (header,) = read_headers(Place(str(damaged), damaged.stat().st_size, 0), patient_salt="salt")
+    assert header.image_id == ""
+    assert found == []
 
 
 def test_patient_key_depends_on_the_salt_and_tells_patients_apart(planted: Cohort) -> None:

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 LAYERS = [
     ["errors", "labels", "progress", "files", "config", "device"],
-    ["head", "hounsfield", "series", "augment", "folds", "loss", "model", "metrics", "baseline", "charts"],
+    ["head", "hounsfield", "kernel", "series", "augment", "folds", "loss", "model", "metrics", "baseline", "charts"],
     ["shard", "reader", "store", "source", "decoder", "dicom", "manifest", "checkpoint"],
     ["cluster", "loader", "parts", "survey", "sheet", "excluded", "gallery", "phantom"],
     ["index", "preprocess"],

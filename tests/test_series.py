@@ -11,8 +11,8 @@ import pandas as pd
 import pydicom
 import pytest
 
-from pipeline.dicom import _kernel_class
 from pipeline.index import build_manifest
+from pipeline.kernel import kernel_class
 from pipeline.manifest import EXCLUDED
 from pipeline.series import (
     COLUMN,
@@ -217,7 +217,7 @@ KERNELS = {
     ("kernel", "kind"), [(kernel, kind) for kind, kernels in KERNELS.items() for kernel in kernels]
 )
 def test_vendors_kernels_are_known(kernel: str, kind: str) -> None:
-    assert _kernel_class(kernel, "") == kind
+    assert kernel_class(kernel, "") == kind
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_vendors_kernels_are_known(kernel: str, kind: str) -> None:
     ],
 )
 def test_description_tells_where_the_kernel_does_not(kernel: str, description: str, kind: str) -> None:
-    assert _kernel_class(kernel, description) == kind
+    assert kernel_class(kernel, description) == kind
 
 
 @pytest.mark.skipif(not REAL_DICOM.is_dir(), reason="the real head CTs are not here")

@@ -352,12 +352,31 @@ def test_member_that_fails_its_checksum_is_excluded_by_name_and_the_rest_goes_on
     archive.write_bytes(content)
     with pytest.raises(DamagedError):
         read_whole(place)
-    manifest, _ = index(cohort, archive)
+    manifest, headers = index(cohort, archive)
     assert account(manifest)["used"] == 3  # the header is sound
-    for _ in range(2):  # and again: it is remembered
+    for _ in range(2):
         faults = convert(cohort, manifest, archive)
-        assert reasons(faults) == {"ID_000010001.dcm": "undecodable"}
+        assert reasons(faults) == {"ID_000010001.dcm": "zip_damaged"}
         assert Store(cohort.data / "store.zarr").num_slices.tolist() == [2]
+    PACKERS[packer](cohort.dicom, archive)  # fetched anew: it is not remembered
+    convert(cohort, index(cohort, archive, known=headers)[0], archive)
+    assert Store(cohort.data / "store.zarr").num_slices.tolist() == [3]
+
+
+def test_damaged_copy_in_a_zip_is_compared_again_when_the_zip_is_mended(cohort: Cohort) -> None:
+    cohort.add_study(1, 3)
+    shutil.copy(cohort.dicom / "ID_000010001.dcm", cohort.dicom / "copy.dcm")
+    archive = pack(cohort.dicom, cohort.folder / "all.zip")
+    whole = archive.read_bytes()
+    place = places(archive)["ID_000010001.dcm"]
+    damaged = bytearray(whole)
+    damaged[place.offset + place.packed_size // 2] ^= 0x55
+    archive.write_bytes(damaged)
+    manifest, headers = index(cohort, archive)
+    assert account(manifest)["reasons"] == {"zip_damaged": 1}
+    archive.write_bytes(whole)
+    manifest, _ = index(cohort, archive, known=headers)
+    assert account(manifest)["reasons"] == {"duplicate": 1}
 
 
 def test_member_that_unpacks_to_more_than_it_says_fills_no_memory(tmp_path: Path) -> None:
@@ -666,7 +685,7 @@ def test_storage_that_goes_away_stops_the_run_and_excludes_nothing(
     monkeypatch.setattr(pipeline.preprocess, "is_there", lambda _: True)  # it leaves a little later
     with pytest.raises(SourceError, match=r"ID_000010000\.dcm cannot be read \(EndpointConnectionError"):
         convert(cohort, manifest, url)
-    monkeypatch.setattr(pipeline.index, "find_files", lambda _: listed)
+    monkeypatch.setattr(pipeline.index, "find_files", lambda *_: listed)
     with pytest.raises(SourceError, match=r"ID_000010000\.dcm cannot be read \(EndpointConnectionError"):
         index(cohort, url)
 
