@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -147,9 +148,10 @@ def plant_fully(dataset: FileDataset) -> None:
     plant_file_meta(dataset)
 
 
-@pytest.fixture
-def planted(cohort: Cohort) -> Cohort:
+@pytest.fixture(scope="module")
+def planted_once(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
     """Studies whose every text element is planted, and faulty files that have something to say."""
+    cohort = Cohort(tmp_path_factory.mktemp("planted"))
     for number in (1, 2, 3):
         cohort.add_study(number, 3, form=SIGNED_16 if number == 2 else UNSIGNED_12)
         for path in cohort.dicom.glob(f"ID_{number:05x}*"):
@@ -167,6 +169,14 @@ def planted(cohort: Cohort) -> Cohort:
     with zipfile.ZipFile(cohort.dicom / "packed.zip", "w") as packed:
         packed.write(cohort.dicom / "text", "text")
         packed.writestr("bzip2", f"{MARK}-BZIP2", zipfile.ZIP_BZIP2)
+    return cohort
+
+
+@pytest.fixture
+def planted(cohort: Cohort, planted_once: Cohort) -> Cohort:
+    """A copy for each test."""
+    shutil.copytree(planted_once.dicom, cohort.dicom)
+    cohort.labels = planted_once.labels
     return cohort
 
 
@@ -470,7 +480,7 @@ def test_damaged_header_tells_no_more_than_a_sound_one(planted: Cohort, tmp_path
     rng = np.random.default_rng(0)
     damaged = tmp_path / "damaged"
     found = []
-    for number in range(1500):
+    for number in range(800):
         content = bytearray(contents[number % len(contents)])
         for at in rng.integers(min(128, len(content) - 1), min(1200, len(content)), rng.integers(1, 6)).tolist():
             content[at] = rng.integers(256)
@@ -478,13 +488,13 @@ def test_damaged_header_tells_no_more_than_a_sound_one(planted: Cohort, tmp_path
         status = damaged.stat()
         headers = read_headers(Place(str(damaged), status.st_size, status.st_mtime_ns), patient_salt="salt")
         found += leaks([(str(number), str(header).encode(), False) for header in headers])
+    assert found == []
     long = RawDataElement(Tag(TAGS["image_id"]), "UI", 80, b"1.2." * 20, 0, False, True)
     dataset = pydicom.dcmread(planted.dicom / "ID_000010000.dcm")
     dataset[TAGS["image_id"]] = long
     pydicom.dcmwrite(damaged, dataset, enforce_file_format=False)
     (header,) = read_headers(Place(str(damaged), damaged.stat().st_size, 0), patient_salt="salt")
     assert header.image_id == ""
-    assert found == []
 
 
 def test_patient_key_depends_on_the_salt_and_tells_patients_apart(planted: Cohort) -> None:
