@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -32,7 +33,10 @@ HIGHEST_HU, LOWEST_HU = 4096.0, -1100.0
 """No tissue lies beyond these; metal and padding do, but metal is small and padding has few values."""
 
 GARBAGE_SHARE = 0.05
-"""Of the pixels beyond those, or of the rows that are noise. Metal with its streaks measured below 1 %."""
+"""Of the pixels beyond those. Metal with its streaks measured below 1 %."""
+
+NOISY_ROWS_SHARE = 0.2
+"""Of the rows. Noise begins somewhere and goes on to the end; a head has an edge or two as steep, such as that of its padding."""
 
 PADDING_VALUES = 16
 """Padding has one value or two; decoded garbage has hundreds."""
@@ -40,8 +44,14 @@ PADDING_VALUES = 16
 NOISE_STEP_HU = 400.0
 """Mean difference of two neighbouring rows. 40 to 120 HU in heads, 1365 where 12-bit values are drawn at random."""
 
-SAMPLED = 8
-"""Of so many rows and columns one is looked at: 4,096 pixels of 512²."""
+SMOOTH_ROWS = 64
+"""In a slice of fewer rows a head's own edges are as steep as noise; CT has 256 or more."""
+
+SAMPLED_ROWS, SAMPLED_COLUMNS = 32, 128
+"""Pixels looked at for garbage: whole stretches of few rows, as memory is read by the 32 pixels."""
+
+STRIP_ROWS = 128
+"""Rows of the result that are made at once: of a slice of 512², 256 kB of stored values and 512 kB of floats."""
 
 COARSE_SIZE = 128
 """Rows and columns in which the head is looked for."""
@@ -87,17 +97,23 @@ def is_garbage(stored: Stored, *, slope: float, intercept: float) -> bool:
 
     What some decoders make of a damaged file without a word, and the half noise of ID_b79eed528. Looks at a sample of the pixels.
     """
-    sample_hu = stored[::SAMPLED, ::SAMPLED].astype(np.float32) * np.float32(slope) + np.float32(intercept)
-    most = GARBAGE_SHARE * sample_hu.size
-    if np.count_nonzero(sample_hu > HIGHEST_HU) > most:
+    by_rows, by_columns = max(1, len(stored) // SAMPLED_ROWS), max(1, stored.shape[1] // SAMPLED_COLUMNS)
+    sample = np.ascontiguousarray(stored[::by_rows, ::by_columns])
+    most = GARBAGE_SHARE * sample.size
+    ends_hu = slope * int(sample.min()) + intercept, slope * int(sample.max()) + intercept
+    if max(ends_hu) > HIGHEST_HU and np.count_nonzero(sample * slope + intercept > HIGHEST_HU) > most:
         return True
-    below = sample_hu[sample_hu < LOWEST_HU]
-    # nearly always one value, if any: only where it is not, they are counted
-    if np.count_nonzero(below != below[:1]) > most and len(np.unique(below)) > PADDING_VALUES:
-        return True
-    upper, lower = stored[:-1:16, ::2].astype(np.int32), stored[1::16, ::2]
-    step_hu = np.abs(upper - lower).mean(axis=1) * abs(slope)
-    return bool((step_hu > NOISE_STEP_HU).mean() > GARBAGE_SHARE)
+    if min(ends_hu) < LOWEST_HU:
+        below = sample[sample * slope + intercept < LOWEST_HU]
+        # nearly always one value: only where it is not, they are counted
+        if np.count_nonzero(below != below[:1]) > most and len(np.unique(below)) > PADDING_VALUES:
+            return True
+    if len(stored) < SMOOTH_ROWS:
+        return False
+    next_rows = stored[1::by_rows, ::by_columns]
+    steps = np.abs(np.subtract(sample[: len(next_rows)], next_rows, dtype=np.int32)).sum(axis=1)
+    noisy = np.count_nonzero(steps * abs(slope) > NOISE_STEP_HU * sample.shape[1])
+    return bool(noisy > NOISY_ROWS_SHARE * len(steps))
 
 
 def is_inverted(stored: Stored, *, slope: float, intercept: float) -> bool:
@@ -149,13 +165,13 @@ class Converter:
 
     def __init__(self, *, image_size: int, windows: Mapping[str, Window]) -> None:
         self.image_size = image_size
-        self.windows = tuple(windows.values())
+        self._gains = [(255.0 / window.width, window.low_hu) for window in windows.values()]
         self._resampled = np.empty((image_size, image_size), np.float32)
-        self._planes = [np.empty((image_size, image_size), np.uint8) for _ in self.windows]
-        self._pixels = np.empty((image_size, image_size, len(self.windows)), np.uint8)
+        self._planes = [np.empty((image_size, image_size), np.uint8) for _ in self._gains]
+        self._pixels = np.empty((image_size, image_size, len(self._gains)), np.uint8)
         self._coarse = np.empty((COARSE_SIZE, COARSE_SIZE), np.float32)
-        self._floats = np.empty((0, 0), np.float32)
-        self._air: Stored = np.empty((0, 0), np.int16)
+        self._floats = np.empty(0, np.float32)
+        self._air: Stored = np.empty(0, np.int16)
 
     def window(
         self,
@@ -181,12 +197,10 @@ class Converter:
         Returns:
             uint8 [row, column, window], rounded to the nearest grey level; good until the next call.
         """
-        if is_padded:
-            self._raise_to_air(stored, slope=slope, intercept=intercept)
-        self._resample(stored, self._resampled, slope=slope, intercept=intercept, spacing_mm=spacing_mm, box=box)
-        for window, plane in zip(self.windows, self._planes, strict=True):
-            gain = 255.0 / window.width
-            offset = (intercept - window.low_hu) * gain
+        rescale = {"slope": slope, "intercept": intercept}
+        self._resample(stored, self._resampled, **rescale, spacing_mm=spacing_mm, box=box, is_padded=is_padded)
+        for (gain, low_hu), plane in zip(self._gains, self._planes, strict=True):
+            offset = (intercept - low_hu) * gain
             # addWeighted clips and rounds while it writes uint8: a third of the time of the same in numpy.
             cv2.addWeighted(self._resampled, slope * gain, self._resampled, 0.0, offset, dst=plane, dtype=cv2.CV_8U)
         if len(self._planes) == 1:
@@ -199,8 +213,8 @@ class Converter:
         self, stored: Stored, *, slope: float, intercept: float, spacing_mm: tuple[float, float], box: Box
     ) -> PixelsHU:
         """Resample a slice to the size in which the head is looked for: float32 [`COARSE_SIZE`, `COARSE_SIZE`] in HU."""
-        self._raise_to_air(stored, slope=slope, intercept=intercept)
-        self._resample(stored, self._coarse, slope=slope, intercept=intercept, spacing_mm=spacing_mm, box=box)
+        rescale = {"slope": slope, "intercept": intercept}
+        self._resample(stored, self._coarse, **rescale, spacing_mm=spacing_mm, box=box, is_padded=True)
         return self._coarse * np.float32(slope) + np.float32(intercept)
 
     def _resample(
@@ -212,38 +226,56 @@ class Converter:
         intercept: float,
         spacing_mm: tuple[float, float],
         box: Box,
+        is_padded: bool,
     ) -> None:
         """Fill the square `out` with what lies in the box: areas averaged where it shrinks, else linear; air around."""
-        air = (AIR_HU - intercept) / slope
-        if self._floats.shape != stored.shape:
-            self._floats = np.empty(stored.shape, np.float32)
-        np.copyto(self._floats, stored)
-        floats = self._floats
-        size = len(out)
-        rows = _overlap(floats.shape[0], spacing_mm[0], start_mm=box.top_mm, side_mm=box.side_mm, size=size)
-        columns = _overlap(floats.shape[1], spacing_mm[1], start_mm=box.left_mm, side_mm=box.side_mm, size=size)
+        air, size = (AIR_HU - intercept) / slope, len(out)
+        rows = _overlap(stored.shape[0], spacing_mm[0], start_mm=box.top_mm, side_mm=box.side_mm, size=size)
+        columns = _overlap(stored.shape[1], spacing_mm[1], start_mm=box.left_mm, side_mm=box.side_mm, size=size)
         if rows is None or columns is None:
             out.fill(air)
             return
         (first_row, end_row, top, height), (first_column, end_column, left, width) = rows, columns
-        source = floats[first_row:end_row, first_column:end_column]
-        how = cv2.INTER_AREA if height <= source.shape[0] and width <= source.shape[1] else cv2.INTER_LINEAR
+        source = stored[first_row:end_row, first_column:end_column]
+        if is_padded:
+            self._find_air(source, air=air, slope=slope)
+        raise_to_air = (np.maximum if slope > 0 else np.minimum) if is_padded else None
         if (height, width) == (size, size):
-            cv2.resize(source, (size, size), dst=out, interpolation=how)
+            self._fill(source, out, raise_to_air)
             return
         out.fill(air)
-        out[top : top + height, left : left + width] = cv2.resize(source, (width, height), interpolation=how)
+        inside = np.empty((height, width), np.float32)
+        self._fill(source, inside, raise_to_air)
+        out[top : top + height, left : left + width] = inside
 
-    def _raise_to_air(self, stored: Stored, *, slope: float, intercept: float) -> None:
-        """Raise what is below air to it, in place."""
-        limits, air = np.iinfo(stored.dtype), (AIR_HU - intercept) / slope
+    def _find_air(self, source: Stored, *, air: float, slope: float) -> None:
+        """Have as many stored values of air as a strip has pixels."""
+        limits = np.iinfo(source.dtype)
         value = min(max(math.ceil(air) if slope > 0 else math.floor(air), limits.min), limits.max)
-        if self._air.shape != stored.shape or self._air.dtype != stored.dtype or self._air[0, 0] != value:
-            self._air = np.full(stored.shape, value, stored.dtype)
-        # beside an array, as numpy takes five times as long beside a single number
-        (np.maximum if slope > 0 else np.minimum)(stored, self._air, out=stored)
+        if len(self._air) < source.size or self._air.dtype != source.dtype or self._air[0] != value:
+            self._air = np.full(source.size, value, source.dtype)
+
+    def _fill(self, source: Stored, target: PixelsHU, raise_to_air: Any) -> None:
+        """Resample all of `source` into all of `target`: strip by strip, where a row of the one is made of whole rows of the
+        other, so that what one step leaves the next finds in the processor's cache."""
+        (height, width), is_shrunk = target.shape, target.shape <= source.shape and target.shape[1] <= source.shape[1]
+        how = cv2.INTER_AREA if is_shrunk else cv2.INTER_LINEAR
+        is_whole_ratio = is_shrunk and len(source) % height == 0
+        ratio, lines = (len(source) // height, STRIP_ROWS) if is_whole_ratio else (1, height)
+        for start in range(0, height, lines):
+            part = source[start * ratio : (start + lines) * ratio] if is_whole_ratio else source
+            if len(self._floats) < part.size:
+                self._floats = np.empty(part.size, np.float32)
+            floats = self._floats[: part.size].reshape(part.shape)
+            if raise_to_air is not None:
+                # beside an array, as numpy takes five times as long beside a single number
+                raise_to_air(part, self._air[: part.size].reshape(part.shape), out=part)
+            np.copyto(floats, part)
+            strip = target[start : start + lines]
+            cv2.resize(floats, (width, len(strip)), dst=strip, interpolation=how)
 
 
+@lru_cache(maxsize=256)  # a study's slices are mostly alike
 def _overlap(
     count: int, spacing_mm: float, *, start_mm: float, side_mm: float, size: int
 ) -> tuple[int, int, int, int] | None:

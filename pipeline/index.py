@@ -51,7 +51,7 @@ COMPARED = [name for name in HEADER_COLUMNS if name not in ("transfer_syntax", "
 
 def build_manifest(
     config: Config, known_headers: pd.DataFrame | None = None
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any]]:
+) -> tuple[pd.DataFrame, pd.DataFrame | None, dict[str, Any]]:
     """Index the sources of `config`.
 
     Args:
@@ -59,7 +59,7 @@ def build_manifest(
         known_headers: the header table of an earlier run, to read only what changed.
 
     Returns:
-        The manifest, the header table for the next run, and what was found of the labels and of the gaps between slices.
+        The manifest, the header table for the next run (None where the known one still stands), and what was found of the labels and of the gaps between slices.
 
     Raises:
         SourceError: a source is missing, or holds no file or no slice.
@@ -69,8 +69,10 @@ def build_manifest(
     known_headers = _usable(known_headers, config)
     files = find_files(config.source.entries, known_headers.loc[known_headers["frame"] <= 0, FILE_COLUMNS])
     headers = read_header_table(files, config, known_headers)
+    is_known, known_digests = headers is known_headers, headers["pixel_digest"]
     del known_headers, files  # 25,000 studies have 400 MB of headers: once is enough
     manifest = classify(headers, config)
+    is_known = is_known and headers["pixel_digest"].equals(known_digests)
     if (manifest["status"] == EXCLUDED).all():
         reasons = manifest["reason"].value_counts()
         listed = "; ".join(f"{count} × {REASONS[str(reason)][1]}" for reason, count in reasons.items())
@@ -78,7 +80,7 @@ def build_manifest(
             f"source.dicom: {(headers['frame'] <= 0).sum()} files found, none of them a usable axial CT slice ({listed})"
         )
     manifest, found = join_labels(manifest, labels)
-    return manifest, headers, found | _count_spacings(manifest)
+    return manifest, None if is_known else headers, found | _count_spacings(manifest)
 
 
 def read_known_headers(path: Path) -> pd.DataFrame | None:

@@ -59,8 +59,8 @@ _NUMBERS = ["source", "size", "stamp", "archive_stamp", "method", "offset", "pac
 Listing = list[tuple[Any, ...]]
 """Rows of a table without their source."""
 
-Found = tuple[str, str, int, int, Callable[[], Any]]
-"""A file's path in its source, its full name, size and stamp, and how to open it."""
+Found = tuple[str, int, int]
+"""A file's path in its source, size and stamp."""
 
 
 BadDeflateError: Any = isal_zlib.error
@@ -168,7 +168,7 @@ def _is_glob(source: str) -> bool:
 
 def _list_source(number: int, source: str, known: pd.DataFrame | None) -> pd.DataFrame:
     if URL.match(source):
-        return _open_archives(number, _list_url(source), known)
+        return _open_archives(number, source, _list_url(source), known, _open_object)
     root = _root(source)
     tops = _match(source) if _is_glob(source) else [source]
     if not tops or not os.path.exists(tops[0]):
@@ -180,14 +180,13 @@ def _list_source(number: int, source: str, known: pd.DataFrame | None) -> pd.Dat
     for top in tops:
         relative = "" if os.path.normpath(top) == os.path.normpath(root) else os.path.relpath(top, root)
         if os.path.isdir(top):
-            found |= {_shown(os.path.join(relative, path)): status for path, status in _walk(top)}
+            prefix = f"{relative}/" if relative else ""
+            found |= {_shown(prefix + path): status for path, status in _walk(top)}
         elif os.path.isfile(top):
             found[_shown(relative)] = os.stat(top)
-    files = (
-        (path, name := _join(root, path), status.st_size, status.st_mtime_ns, partial(open, name, "rb"))
-        for path, status in (_once(found) if "**" in source else found).items()
-    )
-    return _open_archives(number, files, known)
+    found = _once(found) if "**" in source else found
+    files = ((path, status.st_size, status.st_mtime_ns) for path, status in found.items())
+    return _open_archives(number, root, files, known, lambda name: open(name, "rb"))
 
 
 def _match(pattern: str) -> list[str]:
@@ -201,19 +200,25 @@ def _once(found: dict[str, os.stat_result]) -> dict[str, os.stat_result]:
     return {path: found[path] for path in by_file.values()}
 
 
-def _open_archives(number: int, files: Iterable[Found], known: pd.DataFrame | None) -> pd.DataFrame:
+def _open_archives(
+    number: int, root: str, files: Iterable[Found], known: pd.DataFrame | None, open_file: Callable[[str], Any]
+) -> pd.DataFrame:
     """The listing of a source: its files, and the members of its zips."""
     plain: Listing = []
     tables = []
-    for path, name, size, stamp, open_file in files:
-        archive_stamp = _hash(f"{size} {stamp}") if is_zip_name(name) else 0
-        before = _known_members(known, number, path, archive_stamp) if archive_stamp else None
-        if before is not None:
-            tables.append(before)
-        elif (members := _list_zip(name, open_file) if archive_stamp else None) is not None:
-            tables.append(_table(number, [(path, *row[:3], archive_stamp, *row[3:]) for row in members]))
-        else:
-            plain.append(("", path, size, stamp, 0, NOT_PACKED, 0, 0))
+    for path, size, stamp in files:
+        if is_zip_name(path or root):
+            archive_stamp = _hash(f"{size} {stamp}")
+            before = _known_members(known, number, path, archive_stamp)
+            if before is not None:
+                tables.append(before)
+                continue
+            name = _join(root, path)
+            members = _list_zip(name, partial(open_file, name))
+            if members is not None:
+                tables.append(_table(number, [(path, *row[:3], archive_stamp, *row[3:]) for row in members]))
+                continue
+        plain.append(("", path, size, stamp, 0, NOT_PACKED, 0, 0))
     tables.append(_table(number, plain))
     table = pd.concat(tables) if len(tables) > 1 else tables[0]
     return table.sort_values(["archive", "path"], kind="stable", ignore_index=True)
@@ -247,20 +252,20 @@ def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
         if (status.st_dev, status.st_ino) in entered:
             continue
         entered.add((status.st_dev, status.st_ino))
+        prefix = f"{relative}/" if relative else ""
         with os.scandir(os.path.join(folder, relative)) as entries:
             for entry in entries:
-                path = os.path.join(relative, entry.name)
                 if entry.is_symlink() and not os.path.exists(entry.path):  # it leads nowhere, or to itself
                     continue
                 if entry.is_dir():
-                    waiting.append(path)
+                    waiting.append(prefix + entry.name)
                 elif entry.is_file():
-                    yield path, entry.stat()
+                    yield prefix + entry.name, entry.stat()
 
 
 def is_zip_name(path: str) -> bool:
     """Whether a name is that of a zip."""
-    return path.lower().endswith(".zip")
+    return path[-4:].lower() == ".zip"
 
 
 def _list_zip(archive: str, open_file: Callable[[], Any]) -> Listing | None:
@@ -292,16 +297,19 @@ def _describe_member(member: zipfile.ZipInfo, *, end: int) -> tuple[Any, ...]:
 
 def _list_url(url: str) -> Iterator[Found]:
     try:
-        system, path, found = _ask(url, lambda system, path: (system, path, system.find(path, detail=True)))
+        path, found = _ask(url, lambda system, path: (path, system.find(path, detail=True)))
     except OSError as error:
         raise _unreachable(url, error) from None
     files = {name: facts for name, facts in found.items() if not _is_folder_mark(facts)}
     if not files:
         raise SourceError(f"source.dicom: nothing is stored under {url}")
     for name, facts in files.items():
-        relative = name.removeprefix(f"{path}/") if name != path else ""
-        open_file = partial(system.open, name, "rb", block_size=URL_BLOCK_BYTES)
-        yield relative, _join(url, relative), facts["size"], _stamp_of(facts), open_file
+        yield name.removeprefix(f"{path}/") if name != path else "", facts["size"], _stamp_of(facts)
+
+
+def _open_object(url: str) -> Any:
+    system, path = open_storage(url)
+    return system.open(path, "rb", block_size=URL_BLOCK_BYTES)
 
 
 def _is_folder_mark(facts: dict[str, Any]) -> bool:

@@ -23,7 +23,8 @@ def _index(config: Config, arguments: argparse.Namespace) -> None:
     folder = arguments.data / "index"
     headers_path = folder / "headers.parquet"
     manifest, headers, found = build_manifest(config, read_known_headers(headers_path))
-    write_parquet(headers_path, headers)
+    if headers is not None:
+        write_parquet(headers_path, headers)
     write_manifest(folder / "manifest.parquet", manifest)
     totals = account(manifest)
     write_json(folder / "summary.json", {**totals, **found, **examples(manifest)})

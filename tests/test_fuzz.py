@@ -587,9 +587,15 @@ def test_zips_made_to_do_harm_cost_their_own_slices_alone(cohort: Cohort) -> Non
     members = {
         "sound": (member(), {""}),
         "damaged": (damaged, {"unreadable", "truncated_pixels", "undecodable", "zip_damaged"}),
-        "cut short": (member(packed_size=500), {"no_pixels", "unreadable", "truncated_pixels", "undecodable", "zip_damaged"}),
+        "cut short": (
+            member(packed_size=500),
+            {"no_pixels", "unreadable", "truncated_pixels", "undecodable", "zip_damaged"},
+        ),
         "wrong checksum": (member(crc=1), {"unreadable", "truncated_pixels", "undecodable", "zip_damaged"}),
-        "says it is small": ({"data": bomb, "size": 3000, "crc": 1}, {"truncated_pixels", "unreadable", "undecodable", "zip_damaged"}),
+        "says it is small": (
+            {"data": bomb, "size": 3000, "crc": 1},
+            {"truncated_pixels", "unreadable", "undecodable", "zip_damaged"},
+        ),
         "says it is 4 GB": (member(size=2**32 - 2), {"unreadable", "truncated_pixels", "undecodable", "zip_damaged"}),
         "lies nowhere": (member(offset=2**32 - 2), {"zip_method"}),
         "lies in another": (member(offset=50), {"unreadable"}),

@@ -244,7 +244,8 @@ def test_unchanged_zip_is_not_parsed_again_and_a_longer_one_costs_what_is_new(
     parsed: list[str] = []
     real = zipfile.ZipFile
     monkeypatch.setattr(zipfile, "ZipFile", lambda file: parsed.append("") or real(file))
-    second, headers, _ = build_manifest(cohort.config(source__dicom=str(archive)), headers)
+    second, unchanged, _ = build_manifest(cohort.config(source__dicom=str(archive)), headers)
+    assert unchanged is None
     assert not parsed
     pd.testing.assert_frame_equal(first, second)
     monkeypatch.setattr(zipfile, "ZipFile", real)

@@ -61,6 +61,9 @@ WHERE = [name for name in FILE_COLUMNS if name not in ("path", "size")]
 def index(cohort: Cohort, *sources: Path | str, known: pd.DataFrame | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
     config = cohort.config(source__dicom=[str(source) for source in sources])
     manifest, headers, _ = build_manifest(config, known)
+    if headers is None:
+        assert known is not None
+        return manifest, known
     return manifest, headers
 
 
