@@ -28,12 +28,13 @@ import pydicom
 from benchmarks.bench_scale import FORMS, make_template
 from pipeline.cluster import run_tasks
 from pipeline.config import Config, PhantomConfig, load_config
-from pipeline.dicom import read_headers
+from pipeline.convert import SliceReader, StudyTask, make_shards
 from pipeline.files import write_parquet
+from pipeline.header import read_headers
 from pipeline.index import build_manifest, read_known_headers
 from pipeline.manifest import kept, write_manifest
 from pipeline.phantom.cohort import write_cohort
-from pipeline.preprocess import Plan, SliceReader, StudyTask, make_shards
+from pipeline.preprocess import Plan
 from pipeline.shard import encode_chunk
 from pipeline.source import Place
 

@@ -306,7 +306,7 @@ def _import_decoders() -> None:
     import pydicom
     import rle  # noqa: F401
 
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # as in `pipeline.dicom`
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # as in `pipeline.header`
 
 
 def _answer(answers: BinaryIO, content: bytes, *, frame: int, rows: int, columns: int) -> None:

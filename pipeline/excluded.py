@@ -80,7 +80,7 @@ def _records(chosen: pd.DataFrame, config: Config) -> list[tuple[Place, dict[str
 
 
 def _draw_tile(place: Place, facts: dict[str, Any]) -> Image.Image | None:
-    from pipeline.dicom import read_picture  # pydicom is of no use to the other things that `inspect` does
+    from pipeline.pixels import read_picture  # pydicom is of no use to the other things that `inspect` does
 
     values = read_picture(place, frame=int(facts["frame"]), rows=int(facts["rows"]), columns=int(facts["columns"]))
     if values is None:
@@ -105,15 +105,16 @@ def _to_grey(values: npt.NDArray[Any], slope: float, intercept: float) -> npt.ND
 
 def _lay_out(rows: list[tuple[str, int, list[Image.Image]]]) -> Image.Image:
     columns = max((len(tiles) for _, _, tiles in rows), default=1)
-    height = TILE_PX + CAPTION_PX + MARGIN_PX
-    width = max(columns * (TILE_PX + MARGIN_PX), 480) + MARGIN_PX
-    sheet = Image.new("RGB", (width, max(1, len(rows)) * height + MARGIN_PX), BACKGROUND)
+    heights = [CAPTION_PX + max(tile.height for tile in tiles) + MARGIN_PX for _, _, tiles in rows]
+    size = (max(columns * (TILE_PX + MARGIN_PX), 480) + MARGIN_PX, (sum(heights) or CAPTION_PX) + MARGIN_PX)
+    sheet = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     if not rows:
         draw.text((MARGIN_PX, MARGIN_PX), "nothing that was excluded can be decoded", QUIET, ImageFont.load_default(13))
-    for number, (reason, count, tiles) in enumerate(rows):
-        top = number * height + MARGIN_PX
+    top = MARGIN_PX
+    for (reason, count, tiles), height in zip(rows, heights, strict=True):
         draw.text((MARGIN_PX, top), f"{reason}   {count:,}   {REASONS[reason][1]}", INK, ImageFont.load_default(13))
         for place, tile in enumerate(tiles):
             sheet.paste(tile, (MARGIN_PX + place * (TILE_PX + MARGIN_PX), top + CAPTION_PX))
+        top += height
     return sheet

@@ -77,16 +77,6 @@ def unwrap(stored: Stored) -> Stored:
     return stored
 
 
-def stored_to_hu(stored: Stored, *, slope: float, intercept: float) -> PixelsHU:
-    """Rescale stored values to HU: HU = slope × stored + intercept (PS3.3 C.11.1.1.2, Modality LUT), air at the least.
-
-    Returns:
-        float32 [row, column] in HU, never below −1024.
-    """
-    pixels_hu = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-    return np.maximum(pixels_hu, np.float32(AIR_HU), out=pixels_hu)
-
-
 def lowest_hu(stored: Stored, *, slope: float, intercept: float) -> float:
     """Lowest HU of a slice, its padding included."""
     return slope * float(stored.min() if slope > 0 else stored.max()) + intercept

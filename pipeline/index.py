@@ -17,13 +17,23 @@ import pandas as pd
 
 from pipeline.cluster import run_tasks
 from pipeline.config import Config
-from pipeline.dicom import DEFLATED_SYNTAX, NATIVE, Header, PixelFault, patient_key, read_headers, read_stored
 from pipeline.errors import SourceError
+from pipeline.header import DEFLATED_SYNTAX, NATIVE, Header, patient_key, read_headers
 from pipeline.hounsfield import is_wrapped
 from pipeline.labels import LABELS, UNKNOWN, read_labels
 from pipeline.manifest import EXCLUDED, PERHAPS_MENDED, REASONS, SPACINGS, USED, kept
+from pipeline.pixels import PixelFault, read_stored
 from pipeline.progress import Progress
-from pipeline.series import choose_series, find_turns, measure_gaps, measure_positions, measure_tilts, normals
+from pipeline.series import (
+    ORIENTATION,
+    PLACE,
+    choose_series,
+    find_turns,
+    measure_gaps,
+    measure_positions,
+    measure_tilts,
+    normals,
+)
 from pipeline.source import FILE_COLUMNS, IDENTITY, Place, Scratch, containers, find_files
 
 HEADER_VERSION = "3"
@@ -59,7 +69,8 @@ def build_manifest(
         known_headers: the header table of an earlier run, to read only what changed.
 
     Returns:
-        The manifest, the header table for the next run (None where the known one still stands), and what was found of the labels and of the gaps between slices.
+        The manifest; the header table for the next run, or None where the known one still stands; and what was found of the
+        labels and of the gaps between slices.
 
     Raises:
         SourceError: a source is missing, or holds no file or no slice.
@@ -200,17 +211,6 @@ def classify(headers: pd.DataFrame, config: Config) -> pd.DataFrame:
 
 def _header_faults(files: pd.DataFrame, normal: np.ndarray) -> pd.Series:
     """The first reason that applies to each slice, or an empty text."""
-    geometry = [
-        "position_x_mm",
-        "position_y_mm",
-        "position_z_mm",
-        "row_x",
-        "row_y",
-        "row_z",
-        "column_x",
-        "column_y",
-        "column_z",
-    ]
     spacing = files[["row_spacing_mm", "column_spacing_mm"]].to_numpy(float)
     expected = files["rows"] * files["columns"] * files["samples"] * (files["bits_allocated"] // 8)
     native = files["transfer_syntax"].isin(NATIVE)
@@ -235,13 +235,13 @@ def _header_faults(files: pd.DataFrame, normal: np.ndarray) -> pd.Series:
         | ~files["signed"].isin([0, 1]),
         "high_bit": (files["high_bit"] >= 0) & (files["high_bit"] != files["bits_stored"] - 1),
         "no_identifiers": (files["study_uid"] == "") | (files["series_uid"] == "") | (files["image_id"] == ""),
-        "no_geometry": ~np.isfinite(files[geometry].to_numpy(float)).all(axis=1)
+        "no_geometry": ~np.isfinite(files[[*PLACE, *ORIENTATION]].to_numpy(float)).all(axis=1)
         | ~(np.isfinite(spacing) & (spacing > 0)).all(axis=1),
         "not_axial": ~axial,
         "no_rescale": ~np.isfinite(files["slope"]) | ~np.isfinite(files["intercept"]) | (files["slope"] == 0),
         "implausible": ~((spacing >= PLAUSIBLE_SPACING_MM[0]) & (spacing <= PLAUSIBLE_SPACING_MM[1])).all(axis=1)
         | (spacing > WIDEST_FIELD_MM / files[["rows", "columns"]].clip(lower=1).to_numpy()).any(axis=1)
-        | ~(files[geometry[:3]].abs() < FARTHEST_MM).all(axis=1)
+        | ~(files[PLACE].abs() < FARTHEST_MM).all(axis=1)
         | ~files["slope"].abs().between(FLATTEST_SLOPE, STEEPEST_SLOPE)
         | (files["intercept"].abs() > FARTHEST_INTERCEPT_HU)
         | (files[["rows", "columns"]] < FEWEST_PIXELS).any(axis=1)

@@ -1,7 +1,7 @@
 """The manifest: one row a slice found, each used, repaired or excluded, and why. Also the fixed list of reasons.
 
 A multi-frame file has a row for each frame. Columns: where the file lies (`pipeline.source.FILE_COLUMNS`), the header's values
-(`pipeline.dicom.Header`), ``position_mm`` (along the slice normal), ``tilt_deg``, ``gap_mm`` (to the slice below), ``spacing``
+(`pipeline.header.Header`), ``position_mm`` (along the slice normal), ``tilt_deg``, ``gap_mm`` (to the slice below), ``spacing``
 (empty, ``hole``, ``overlap``, ``same_position``), ``field_mm`` (longest side of the study's largest field of view), ``turn``,
 ``status``, ``reason``, and the six labels (1, 0, −1 unknown). Rows are in the order study, position, image id; excluded files
 follow by path.

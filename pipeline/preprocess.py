@@ -13,19 +13,17 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import cv2
 import numpy as np
 import pandas as pd
 
-from pipeline import decoder, dicom, head, hounsfield, series, shard, source
+from pipeline import convert, decoder, head, header, hounsfield, pixels, series, shard, source
 from pipeline.cluster import run_tasks
-from pipeline.config import Config, PreprocessConfig, Window
-from pipeline.dicom import PixelFault, read_stored
+from pipeline.config import Config, PreprocessConfig
+from pipeline.convert import SliceFacts, StudyResult, StudyTask, count_parts, make_shards, shard_path
 from pipeline.errors import SourceError
 from pipeline.files import (
     disk_full,
@@ -34,27 +32,13 @@ from pipeline.files import (
     remove_leftovers,
     replace_folder,
     require_free_space,
-    write_bytes,
     write_parquet,
-)
-from pipeline.head import Box, find_head
-from pipeline.hounsfield import (
-    AIR_HU,
-    Converter,
-    Pixels,
-    clear_padding,
-    invert,
-    is_garbage,
-    is_inverted,
-    lowest_hu,
-    unwrap,
 )
 from pipeline.labels import LABELS, UNKNOWN
 from pipeline.manifest import EXCLUDED, PERHAPS_MENDED, REASONS, account, kept, refuse_too_many_exclusions
 from pipeline.progress import Progress
-from pipeline.series import ORIENTATION, TRANSPOSED, turn, turn_cosines
-from pipeline.shard import SLOTS, build_shard, encode_chunk
-from pipeline.source import Place, Scratch, containers, is_there, open_storage
+from pipeline.series import ORIENTATION, turn_cosines
+from pipeline.source import containers, is_there, open_storage
 from pipeline.store import STUDY_ARRAYS, StoreContent, require_target, send_store, slice_axis, write_store
 
 SLICES_PER_TASK = 256
@@ -74,65 +58,7 @@ DECODERS = ("isal", "python-gdcm", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg
 FAULT_COLUMNS = ["source", "archive", "path", "image_id", "study_uid", "status", "reason"]
 
 
-class SliceFacts(NamedTuple):
-    """What a worker must know of one slice: columns of the manifest."""
-
-    size: int
-    stamp: int
-    method: int
-    offset: int
-    packed_size: int
-    image_id: str
-    transfer_syntax: str
-    frame: int
-    rows: int
-    columns: int
-    bits_stored: int
-    signed: int
-    pixel_offset: int
-    slope: float
-    intercept: float
-    padding: float
-    photometric: str
-    row_spacing_mm: float
-    column_spacing_mm: float
-    field_mm: float
-    turn: int
-    reason: str
-
-
 PLACE_IN_ZIP = ("method", "offset", "packed_size")
-
-
-class StudyTask(NamedTuple):
-    """What a worker needs to make one study's shards."""
-
-    fingerprint: str
-    shards: Path
-    containers: list[str]
-    slices: list[SliceFacts]
-    image_size: int
-    crop: str
-    windows: dict[str, Window]
-
-    @property
-    def whole(self) -> Box:
-        """All of the study's field of view."""
-        side_mm = self.slices[0].field_mm
-        return Box(-side_mm / 2, -side_mm / 2, side_mm)
-
-
-class StudyResult(NamedTuple):
-    """What became of a study; kept beside its shards."""
-
-    fingerprint: str
-    kept: list[bool]
-    faults: dict[str, str]
-    """Image id → reason of slices whose pixels could not be had, or were repaired."""
-    lowest_hu: float
-    box: list[float]
-    """Top, left and side of what is shown, in mm from the centre of the slice."""
-    stored_bytes: int
 
 
 def preprocess(
@@ -172,9 +98,8 @@ def preprocess(
         _refuse_changed(slices, in_order)
         final = _apply_faults(manifest, in_order)
         changed = final.loc[final["reason"] != manifest["reason"], FAULT_COLUMNS]
-        write_parquet(
-            data / "preprocess" / "faults.parquet", changed
-        )  # first: it is what a person looks at if it is too much
+        # before anything is refused: it is what a person then looks at
+        write_parquet(data / "preprocess" / "faults.parquet", changed)
         totals = account(final)
         refuse_too_many_exclusions(totals, most=config.index.max_excluded_fraction)
         attributes = {"manifest_sha256": manifest_digest, "accounting": totals}
@@ -243,22 +168,12 @@ def _study_bounds(slices: pd.DataFrame) -> list[tuple[int, int]]:
 def _code_digest() -> str:
     """Names the code and the libraries that decide a shard's bytes."""
     digest = hashlib.sha256()
-    for module in (decoder, dicom, head, hounsfield, series, shard, source):
+    for module in (convert, decoder, head, header, hounsfield, pixels, series, shard, source):
         digest.update(Path(str(module.__file__)).read_bytes())
-    digest.update(Path(__file__).read_bytes())
     for package in (*PACKAGES, *DECODERS):
         with suppress(PackageNotFoundError):
             digest.update(f"{package}={version(package)}".encode())
     return digest.hexdigest()
-
-
-def shard_path(folder: Path, fingerprint: str, part: int) -> Path:
-    """Where unfinished work keeps a finished shard."""
-    return folder / f"{fingerprint}.{part}.shard"
-
-
-def _parts(slices_kept: int) -> int:
-    return -(-slices_kept // SLOTS)
 
 
 def _read_result(wip: Path, fingerprint: str) -> StudyResult | None:
@@ -266,7 +181,7 @@ def _read_result(wip: Path, fingerprint: str) -> StudyResult | None:
     them; a study with a file that is perhaps mended is tried again."""
     try:
         result = StudyResult(fingerprint, **json.loads((wip / f"{fingerprint}.json").read_bytes()))
-        shards = [shard_path(wip, fingerprint, part) for part in range(_parts(sum(result.kept)))]
+        shards = [shard_path(wip, fingerprint, part) for part in range(count_parts(sum(result.kept)))]
         is_whole = sum(path.stat().st_size for path in shards) == result.stored_bytes
     except (OSError, ValueError, TypeError):  # not there, or damaged
         return None
@@ -330,139 +245,6 @@ def _describe(batch: Sequence[StudyTask]) -> str:
     return f"{len(batch)} studies, {batch[0].containers[0]} first"
 
 
-def make_shards(batch: Sequence[StudyTask]) -> list[StudyResult]:
-    """Make the shards of a few studies: the function that runs on the workers."""
-    cv2.setNumThreads(1)  # one process a core already
-    return [_make_study(task) for task in batch]
-
-
-def _make_study(task: StudyTask) -> StudyResult:
-    reader = _open_reader(task.image_size, tuple(task.windows.items()))
-    chunks: list[bytes] = []
-    is_kept: list[bool] = []
-    faults: dict[str, str] = {}
-    lowest = np.inf
-    box = _find_box(task, reader)
-    for container, facts in zip(task.containers, task.slices, strict=True):
-        try:
-            pixels, of_slice_hu, repair = reader.read(container, facts, box)
-        except PixelFault as fault:
-            faults[facts.image_id] = fault.code
-            is_kept.append(False)
-        else:
-            chunks.append(encode_chunk(pixels))
-            lowest = min(lowest, of_slice_hu)
-            is_kept.append(True)
-            if repair:
-                faults[facts.image_id] = repair
-    stored_bytes = 0
-    for part, start in enumerate(range(0, len(chunks), SLOTS)):
-        content = build_shard(chunks[start : start + SLOTS])
-        write_bytes(shard_path(task.shards, task.fingerprint, part), content)
-        stored_bytes += len(content)
-    place = [box.top_mm, box.left_mm, box.side_mm]
-    result = StudyResult(task.fingerprint, is_kept, faults, float(lowest) if chunks else 0.0, place, stored_bytes)
-    record = {name: value for name, value in result._asdict().items() if name != "fingerprint"}
-    # Not synced: if a power cut takes it, the study is made again.
-    write_bytes(task.shards / f"{task.fingerprint}.json", json.dumps(record).encode(), synced=False)
-    return result
-
-
-@lru_cache(maxsize=1)
-def _open_reader(image_size: int, windows: tuple[tuple[str, Window], ...]) -> SliceReader:
-    """The one reader of a worker: its memory serves slice after slice."""
-    return SliceReader(image_size=image_size, windows=dict(windows))
-
-
-def _find_box(task: StudyTask, reader: SliceReader) -> Box:
-    """What of the study's slices is shown: all of the field of view, or the head in it."""
-    if task.crop == "none":
-        return task.whole
-    coarse = []
-    for container, facts in zip(task.containers, task.slices, strict=True):
-        with suppress(PixelFault):  # it is named when it is read in earnest
-            coarse.append(reader.read_coarse(container, facts, task.whole))
-    return (find_head(np.stack(coarse), side_mm=task.whole.side_mm) if coarse else None) or task.whole
-
-
-class SliceReader:
-    """Reads slices and converts them: stored values, repairs, resampling, windows.
-
-    Args:
-        image_size: rows and columns of the result.
-        windows: by name.
-    """
-
-    def __init__(self, *, image_size: int, windows: dict[str, Window]) -> None:
-        self.converter = Converter(image_size=image_size, windows=windows)
-        self.scratch = Scratch()
-
-    def read(self, container: str, facts: SliceFacts, box: Box) -> tuple[Pixels, float, str]:
-        """Read one slice.
-
-        Args:
-            container: the file, URL or zip that holds it.
-            facts: the manifest's values.
-            box: what to show of it.
-
-        Returns:
-            uint8 [row, column, window], good until the next call; the lowest HU before padding is raised to air; and the repair
-            that its pixels needed, or an empty text.
-
-        Raises:
-            PixelFault: the pixels cannot be had, or are no CT's.
-        """
-        stored, intercept, lowest, repair = self._read_stored(container, facts)
-        pixels = self.converter.window(
-            turn(stored, facts.turn),
-            slope=facts.slope,
-            intercept=intercept,
-            spacing_mm=_spacing(facts),
-            box=box,
-            is_padded=lowest < AIR_HU,
-        )
-        return pixels, lowest, repair if not facts.reason else ""
-
-    def read_coarse(self, container: str, facts: SliceFacts, box: Box) -> hounsfield.PixelsHU:
-        """Read one slice in the size in which the head is looked for: float32 [row, column] in HU."""
-        stored, intercept, _, _ = self._read_stored(container, facts)
-        return self.converter.coarse_hu(
-            turn(stored, facts.turn), slope=facts.slope, intercept=intercept, spacing_mm=_spacing(facts), box=box
-        )
-
-    def _read_stored(self, container: str, facts: SliceFacts) -> tuple[hounsfield.Stored, float, float, str]:
-        """Stored values, repaired; the intercept that goes with them; the lowest HU; and the repair."""
-        stored = read_stored(
-            Place(container, facts.size, facts.stamp, facts.method, facts.offset, facts.packed_size),
-            scratch=self.scratch,
-            transfer_syntax=facts.transfer_syntax,
-            frame=facts.frame,
-            rows=facts.rows,
-            columns=facts.columns,
-            bits_stored=facts.bits_stored,
-            signed=facts.signed == 1,
-            pixel_offset=facts.pixel_offset,
-        )
-        intercept, repair = facts.intercept, ""
-        if facts.reason == "wrap_12bit":
-            stored, intercept = unwrap(stored), -float(hounsfield.WRAP_OFFSET)
-        rescale = {"slope": facts.slope, "intercept": intercept}
-        if facts.photometric == "MONOCHROME1" and is_inverted(stored, **rescale):
-            stored, repair = invert(stored, bits_stored=facts.bits_stored), "inverted"
-        if is_garbage(stored, **rescale):
-            raise PixelFault("garbage")
-        lowest = lowest_hu(stored, **rescale)
-        if clear_padding(stored, padding=facts.padding, **rescale) and not repair:
-            repair = "padding"
-        return stored, intercept, lowest, repair
-
-
-def _spacing(facts: SliceFacts) -> tuple[float, float]:
-    """Between rows, and between columns, after the turn."""
-    spacing_mm = (facts.row_spacing_mm, facts.column_spacing_mm)
-    return spacing_mm[::-1] if facts.turn & TRANSPOSED else spacing_mm
-
-
 def _refuse_changed(slices: pd.DataFrame, results: Sequence[StudyResult]) -> None:
     changed = {image_id for result in results for image_id, code in result.faults.items() if code == "changed"}
     if changed:
@@ -504,7 +286,7 @@ def _publish(
     shards = {
         (study, part): shard_path(data / "wip" / "shards", result.fingerprint, part)
         for study, result in enumerate(alive)
-        for part in range(_parts(sum(result.kept)))
+        for part in range(count_parts(sum(result.kept)))
     }
     url = store if store and source.URL.match(store) else None
     final = Path(store) if store and not url else data / "store.zarr"
@@ -548,7 +330,7 @@ def _gather(slices: pd.DataFrame, results: Sequence[StudyResult]) -> StoreConten
     labels = np.full((*shape, len(LABELS)), UNKNOWN, np.int8)
     labels[at] = slices[list(LABELS)].to_numpy(np.int8)
     first = slices.iloc[starts]
-    # less than it looks: a study's lowest slice has no gap below
+    # NaN, and left out of the median, is what stands for the gap below a study's lowest slice
     gaps_mm = slices["gap_mm"].groupby(at[0]).median().reindex(range(len(bounds))).to_numpy()
     turns = first["turn"].to_numpy()
     derived: dict[str, Any] = {

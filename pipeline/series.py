@@ -1,6 +1,6 @@
 """Slices as series: which series of a study is wanted, where its slices lie, and what is missing between them.
 
-All of it works on tables with the columns of `pipeline.dicom.Header`, one row a slice.
+All of it works on tables with the columns of `pipeline.header.Header`, one row a slice.
 """
 
 from __future__ import annotations

@@ -62,6 +62,9 @@ Listing = list[tuple[Any, ...]]
 Found = tuple[str, int, int]
 """A file's path in its source, size and stamp."""
 
+_Status = tuple[int, int, int, int]
+"""A file's size, stamp, device and inode: numbers, as a million objects that hold them would keep the garbage collector busy."""
+
 
 BadDeflateError: Any = isal_zlib.error
 
@@ -176,16 +179,16 @@ def _list_source(number: int, source: str, known: pd.DataFrame | None) -> pd.Dat
         raise SourceError(
             f"source.dicom: {source} {what}; set it to a folder of DICOM files, a .zip, a file, a glob, an s3:// URL, or a list of these"
         )
-    found: dict[str, os.stat_result] = {}
+    found: dict[str, _Status] = {}
     for top in tops:
         relative = "" if os.path.normpath(top) == os.path.normpath(root) else os.path.relpath(top, root)
         if os.path.isdir(top):
             prefix = f"{relative}/" if relative else ""
             found |= {_shown(prefix + path): status for path, status in _walk(top)}
         elif os.path.isfile(top):
-            found[_shown(relative)] = os.stat(top)
+            found[_shown(relative)] = _status(os.stat(top))
     found = _once(found) if "**" in source else found
-    files = ((path, status.st_size, status.st_mtime_ns) for path, status in found.items())
+    files = ((path, size, stamp) for path, (size, stamp, _, _) in found.items())
     return _open_archives(number, root, files, known, lambda name: open(name, "rb"))
 
 
@@ -194,34 +197,39 @@ def _match(pattern: str) -> list[str]:
     return sorted(top for top in glob.glob(pattern, recursive=True, include_hidden=True) if os.path.exists(top))
 
 
-def _once(found: dict[str, os.stat_result]) -> dict[str, os.stat_result]:
+def _status(status: os.stat_result) -> _Status:
+    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
+
+
+def _once(found: dict[str, _Status]) -> dict[str, _Status]:
     """Each file by its shortest name: `**` follows a link that leads up round and round."""
-    by_file = {(found[path].st_dev, found[path].st_ino): path for path in sorted(found, key=len, reverse=True)}
+    by_file = {found[path][2:]: path for path in sorted(found, key=len, reverse=True)}
     return {path: found[path] for path in by_file.values()}
 
 
 def _open_archives(
     number: int, root: str, files: Iterable[Found], known: pd.DataFrame | None, open_file: Callable[[str], Any]
 ) -> pd.DataFrame:
-    """The listing of a source: its files, and the members of its zips."""
-    plain: Listing = []
-    tables = []
-    for path, size, stamp in files:
+    """The listing of a source: its files, then the members of its zips, each in order."""
+    plain: list[Found] = []
+    archives: dict[str, pd.DataFrame] = {}
+    for file in files:
+        path, size, stamp = file
         if is_zip_name(path or root):
             archive_stamp = _hash(f"{size} {stamp}")
             before = _known_members(known, number, path, archive_stamp)
             if before is not None:
-                tables.append(before)
+                archives[path] = before
                 continue
             name = _join(root, path)
             members = _list_zip(name, partial(open_file, name))
             if members is not None:
-                tables.append(_table(number, [(path, *row[:3], archive_stamp, *row[3:]) for row in members]))
+                archives[path] = _table(number, [(path, *row[:3], archive_stamp, *row[3:]) for row in members])
                 continue
-        plain.append(("", path, size, stamp, 0, NOT_PACKED, 0, 0))
-    tables.append(_table(number, plain))
-    table = pd.concat(tables) if len(tables) > 1 else tables[0]
-    return table.sort_values(["archive", "path"], kind="stable", ignore_index=True)
+        plain.append(file)
+    tables = [_plain_table(number, plain), *(archives[path] for path in sorted(archives))]
+    tables = [table.sort_values("path", kind="stable", ignore_index=True) for table in tables]
+    return pd.concat(tables, ignore_index=True) if archives else tables[0]
 
 
 def _known_members(known: pd.DataFrame | None, number: int, path: str, archive_stamp: int) -> pd.DataFrame | None:
@@ -229,6 +237,23 @@ def _known_members(known: pd.DataFrame | None, number: int, path: str, archive_s
         return None
     same = known[(known["source"] == number) & (known["archive_stamp"] == archive_stamp) & (known["archive"] == path)]
     return same if len(same) else None
+
+
+def _plain_table(number: int, files: list[Found]) -> pd.DataFrame:
+    """The listing of files in no zip; made by columns, as a million of them take seconds by rows."""
+    paths, sizes, stamps = zip(*files, strict=True) if files else ((), (), ())
+    columns: dict[str, Any] = {
+        "source": number,
+        "archive": "",
+        "path": pd.array(np.array(paths, object), dtype="str"),
+        "size": np.array(sizes, np.int64),
+        "stamp": np.array(stamps, np.int64),
+        "archive_stamp": 0,
+        "method": NOT_PACKED,
+        "offset": 0,
+        "packed_size": 0,
+    }
+    return pd.DataFrame(columns, columns=FILE_COLUMNS, index=pd.RangeIndex(len(files))).astype({"archive": "str"})
 
 
 def _table(number: int, rows: Listing) -> pd.DataFrame:
@@ -242,7 +267,7 @@ def _shown(path: str) -> str:
     return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+def _walk(folder: str) -> Iterator[tuple[str, _Status]]:
     """Files below `folder` with paths relative to it; links are followed, each folder is entered once."""
     entered: set[tuple[int, int]] = set()
     waiting = [""]
@@ -260,7 +285,7 @@ def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
                 if entry.is_dir():
                     waiting.append(prefix + entry.name)
                 elif entry.is_file():
-                    yield prefix + entry.name, entry.stat()
+                    yield prefix + entry.name, _status(entry.stat())
 
 
 def is_zip_name(path: str) -> bool:

@@ -124,10 +124,12 @@ class Cohort:
         return load_config(self.write_params(**changes))
 
 
-def require_program(name: str) -> None:
-    """Skip the test where an external program is missing; but in CI, which installs it, fail."""
-    if shutil.which(name) is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed (apt-get install {name})")
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked ``program(NAME)`` where that is missing; but in CI, which installs it, fail."""
+    for marker in item.iter_markers("program"):
+        (name,) = marker.args
+        if shutil.which(name) is None:
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed (apt-get install {name})")
 
 
 @pytest.fixture(autouse=True)

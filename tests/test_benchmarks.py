@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, Cohort, require_program
+from tests.conftest import ROOT, Cohort
 from tests.test_store import make_store
 
 
@@ -27,7 +27,11 @@ def last_line(*arguments: str) -> dict[str, object]:
     return figures
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py")))
+NEEDS = {"bench_preprocess.py": [pytest.mark.program("dcm2niix")]}
+NAMES = sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py"))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=NEEDS.get(name, [])) for name in NAMES])
 def test_benchmark_ends_in_figures(cohort: Cohort, name: str) -> None:
     arguments = {
         "bench_scale.py": ["--studies", "10", "--label-images", "1000"],
@@ -45,8 +49,6 @@ def test_benchmark_ends_in_figures(cohort: Cohort, name: str) -> None:
         ],
         "bench_reader.py": ["--data", str(cohort.data), "--slices", "4", "--rounds", "1"],
     }[name]
-    if name == "bench_preprocess.py":
-        require_program("dcm2niix")
     cohort.add_study(1, 4)
     make_store(cohort)
     figures = last_line(f"benchmarks/{name}", *arguments)

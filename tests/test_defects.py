@@ -43,9 +43,9 @@ from pydicom.uid import (
     XRayRadiationDoseSRStorage,
 )
 
-from pipeline import dicom
+from pipeline import header
 from pipeline.decoder import close
-from pipeline.dicom import read_headers
+from pipeline.header import read_headers
 from pipeline.index import build_manifest
 from pipeline.manifest import REASONS
 from pipeline.phantom.dicom_writer import StoredForm
@@ -171,7 +171,7 @@ def element(tag: int, vr: bytes, value: bytes) -> bytes:
     start = start[1::-1] + start[:1:-1] + vr
     return (
         start
-        + (bytes(2) + len(value).to_bytes(4, "little") if vr in dicom.LONG_VRS else len(value).to_bytes(2, "little"))
+        + (bytes(2) + len(value).to_bytes(4, "little") if vr in header.LONG_VRS else len(value).to_bytes(2, "little"))
         + value
     )
 
@@ -1064,16 +1064,16 @@ def both_ways(content: bytes, path: Path) -> tuple[str, str]:
         except Exception:  # as `read_headers` has it
             return "unreadable"
 
-    def walk() -> list[dicom.Header] | None:
-        walked = dicom._walk(start)
-        if walked is None or dicom._needs_pydicom(walked.values):
+    def walk() -> list[header.Header] | None:
+        walked = header._walk(start)
+        if walked is None or header._needs_pydicom(walked.values):
             return None
-        return [dicom._interpret(walked, patient_salt="s")]
+        return [header._interpret(walked, patient_salt="s")]
 
     walked = tried(walk)
     if walked == "None":
         return "", ""
-    return walked, tried(lambda: dicom._read_with_pydicom(place, start, patient_salt="s"))
+    return walked, tried(lambda: header._read_with_pydicom(place, start, patient_salt="s"))
 
 
 def headers_of_all_forms(tmp_path: Path) -> list[bytes]:

@@ -11,9 +11,10 @@ import pydicom
 import pytest
 from pydicom.uid import ExplicitVRBigEndian, RLELossless
 
-from pipeline.dicom import Header, PixelFault, read_headers, read_stored
+from pipeline.header import Header, read_headers
 from pipeline.index import PIXEL_COLUMNS
 from pipeline.phantom.dicom_writer import StoredForm
+from pipeline.pixels import PixelFault, read_stored
 from pipeline.source import Place, Scratch
 from tests.conftest import SIGNED_16, UNSIGNED_12, Cohort
 

@@ -35,9 +35,10 @@ from pydicom.uid import (
 )
 
 from pipeline import decoder
-from pipeline.dicom import NATIVE, read_stored
+from pipeline.header import NATIVE
 from pipeline.index import PIXEL_COLUMNS, build_manifest
 from pipeline.manifest import kept
+from pipeline.pixels import read_stored
 from pipeline.preprocess import preprocess
 from pipeline.source import Place, Scratch
 from pipeline.store import Store

@@ -8,24 +8,27 @@ from pydicom.pixels import apply_rescale, apply_windowing
 from pipeline.config import Window
 from pipeline.head import Box
 from pipeline.hounsfield import (
+    COARSE_SIZE,
     Converter,
     clear_padding,
     invert,
     is_garbage,
     is_inverted,
     is_wrapped,
-    stored_to_hu,
     unwrap,
 )
 
 
 @pytest.mark.parametrize(("slope", "intercept"), [(1, -1024), (1, 0), (0.5, -1000.5), (2, -1024)])
 def test_rescale_agrees_with_pydicom(slope: float, intercept: float) -> None:
-    stored = np.random.default_rng(0).integers(100, 4096, (32, 32)).astype(np.uint16)
+    stored = np.random.default_rng(0).integers(0, 4096, (COARSE_SIZE, COARSE_SIZE)).astype(np.uint16)
     dataset = Dataset()
     dataset.RescaleSlope, dataset.RescaleIntercept = slope, intercept
     expected = np.maximum(apply_rescale(stored, dataset), -1024)
-    np.testing.assert_allclose(stored_to_hu(stored, slope=slope, intercept=intercept), expected, atol=1e-3)
+    converter, half_mm = Converter(image_size=1, windows={}), COARSE_SIZE / 2
+    box = Box(-half_mm, -half_mm, 2 * half_mm)
+    found = converter.coarse_hu(stored.copy(), slope=slope, intercept=intercept, spacing_mm=(1.0, 1.0), box=box)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 WHOLE = Box(-32.0, -32.0, 64.0)

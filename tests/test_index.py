@@ -15,8 +15,8 @@ import pydicom
 import pytest
 
 import pipeline.index
-from pipeline.dicom import Header
 from pipeline.errors import SourceError
+from pipeline.header import Header
 from pipeline.index import build_manifest
 from pipeline.manifest import EXCLUDED, REASONS, account, kept
 from pipeline.phantom.dicom_writer import StoredForm

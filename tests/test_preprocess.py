@@ -16,10 +16,11 @@ from pydicom.pixels import apply_rescale
 
 import pipeline.preprocess
 from pipeline.config import Config
+from pipeline.convert import SliceReader
 from pipeline.errors import IchorError, SourceError
 from pipeline.index import build_manifest
 from pipeline.phantom.dicom_writer import StoredForm
-from pipeline.preprocess import SliceReader, preprocess
+from pipeline.preprocess import preprocess
 from pipeline.store import Store
 from tests.conftest import REAL_DICOM, SIGNED_16, Cohort, tree_bytes
 

@@ -40,8 +40,8 @@ from pydicom.uid import (
 
 import pipeline.index
 import pipeline.preprocess
-from pipeline.dicom import TAGS, read_headers
 from pipeline.errors import SourceError
+from pipeline.header import TAGS, read_headers
 from pipeline.index import build_manifest
 from pipeline.manifest import account, kept, write_manifest
 from pipeline.preprocess import preprocess

@@ -42,7 +42,7 @@ def stack(
     orientation: list[float] | None = None,
     **columns: Any,
 ) -> pd.DataFrame:
-    """The rows of one series, lowest slice first; `columns` are values of `pipeline.dicom.Header`."""
+    """The rows of one series, lowest slice first; `columns` are values of `pipeline.header.Header`."""
     heights = start_mm + spacing_mm * np.arange(count)
     table = pd.DataFrame({"series_uid": uid, "study_uid": study}, index=range(count))
     table[PLACE] = np.column_stack([np.full(count, -100.0), np.full(count, -90.0), heights])
