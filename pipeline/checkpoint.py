@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.config import differences
 from pipeline.errors import CheckpointError
 from pipeline.files import written_whole
 
@@ -37,14 +37,13 @@ def load_newest(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+        except Exception:  # on damaged bytes torch.load raises what it stumbles on: struct.error, AssertionError ...
             print(f"{path}: damaged, passed over", file=sys.stderr)  # the one before it is whole
             continue
-        for key, expected in identity.items():
-            found = content["identity"].get(key)
-            if found != expected:
-                raise CheckpointError(
-                    f"{path}: made with {key} = {found!r}, this run has {expected!r}; remove the folder to start anew"
-                )
+        found_identity = {name: content["identity"].get(name) for name in identity}
+        for key, (found, expected) in differences(found_identity, identity).items():
+            raise CheckpointError(
+                f"{path}: made with {key} = {found!r}, this run has {expected!r}; remove the folder to start anew"
+            )
         return content
     return None

@@ -12,16 +12,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.labels import LABELS
 
 MODELS = (
     "compact",
     "densenet121",
     "densenet169",
-    "efficientnet-b0",
-    "efficientnet-b2",
-    "efficientnet-b4",
+    "densenet201",
+    *(f"efficientnet-b{number}" for number in range(8)),
     "resnet18",
+    "resnet34",
     "resnet50",
+    "seresnet50",
     "seresnext50",
     "seresnext101",
 )
@@ -148,6 +150,32 @@ class LossConfig(Section):
     focal_gamma: NaturalFloat
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     any_consistency: NaturalFloat
+    positive_weights: Annotated[list[PositiveFloat], Field(min_length=len(LABELS), max_length=len(LABELS))]
+
+
+class SamplingConfig(Section):
+    """How often a slice is drawn in an epoch; `balance` 0 and `negatives` 1: each exactly once."""
+
+    balance: Fraction
+    negatives: Annotated[float, Field(gt=0, le=1)]
+
+
+class SequenceConfig(Section):
+    """The model over a study's slices, trained on what the CNN sees in each."""
+
+    kind: Literal["none", "gru", "transformer"]
+    width: Annotated[int, Field(ge=8, le=2048)]
+    layers: Annotated[int, Field(ge=1, le=12)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    epochs: PositiveInt
+    learning_rate: PositiveFloat
+    weight_decay: NaturalFloat
+
+    @model_validator(mode="after")
+    def _even_width(self) -> SequenceConfig:
+        if self.width % 8:
+            raise ValueError(f"width is {self.width}, and must be a multiple of 8")
+        return self
 
 
 class TrainConfig(Section):
@@ -156,21 +184,28 @@ class TrainConfig(Section):
     folds: Annotated[list[Natural], Field(min_length=1)]
     validation_fraction: Annotated[float, Field(gt=0, le=0.5)]
     model: Literal[MODELS]  # type: ignore[valid-type]
-    pretrained: bool
+    pretrained: bool | PathText
     neighbours: Annotated[int, Field(ge=0, le=8)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     epochs: PositiveInt
     patience: PositiveInt
     batch_size: PositiveInt
     accumulate: PositiveInt
+    sampling: SamplingConfig
     learning_rate: PositiveFloat
+    schedule: Literal["cosine", "step"]
+    step_decay: Annotated[float, Field(gt=0, le=1)]
     warmup_epochs: NaturalFloat
     weight_decay: NaturalFloat
     clip_norm: PositiveFloat
     ema_decay: Annotated[float, Field(ge=0, lt=1)]
+    mixup: NaturalFloat
+    snapshots: PositiveInt
+    test_flips: bool
     seed: Natural
     augment: AugmentConfig
     loss: LossConfig
+    sequence: SequenceConfig
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     compile: bool
     device: str
@@ -270,3 +305,13 @@ def _describe(error: ValidationError) -> list[str]:
             values[key] = fault["input"]
             allowed.setdefault(key, []).append(message)
     return lines + [f"{key} = {values[key]!r}: expected {' or '.join(messages)}" for key, messages in allowed.items()]
+
+
+def differences(found: Any, expected: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key → (found, expected) wherever two nested mappings disagree."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        nested = {}
+        for name in [*expected, *(name for name in found if name not in expected)]:
+            nested.update(differences(found.get(name), expected.get(name), f"{key}.{name}" if key else name))
+        return nested
+    return {} if found == expected else {key: (found, expected)}

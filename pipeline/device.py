@@ -7,8 +7,12 @@ import torch
 from pipeline.errors import ConfigError
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU.
+def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
+    """`auto` is a GPU if there is one, else the CPU.
+
+    Args:
+        name: `auto`, or torch's name of a device.
+        local_rank: number of this process among those of its host, each of which takes a GPU of its own.
 
     Raises:
         ConfigError: the device is unknown or not there.
@@ -16,8 +20,10 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         raise ConfigError(

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from pipeline.baseline import counter_for
-from pipeline.config import Config
+from pipeline.config import Config, differences
 from pipeline.errors import CheckpointError, StoreError
 from pipeline.gallery import Picture, choose_slices, make_picture, show_window
 from pipeline.labels import ANY, LABELS, UNKNOWN
@@ -29,7 +29,7 @@ from pipeline.store import Store
 COLUMNS = ["image_id", "study_uid", "fold", *LABELS]
 
 SUMMARY = {
-    "fold", "store_digest", "params", "folds_params", "epochs", "best_epoch", "best_valid_loss", "parameters", "device",
+    "fold", "store_digest", "params", "folds_params", "folds_digest", "epochs", "best_epoch", "best_valid_loss", "parameters", "device",
     "seconds", "train_slices", "valid_slices", "train_patients", "valid_patients",
 }  # fmt: skip
 """What a fold's summary must hold."""
@@ -51,6 +51,8 @@ class TrainedFold:
     summary: dict[str, Any]
     history: pd.DataFrame
     predictions: pd.DataFrame
+    unlabelled: pd.DataFrame
+    """What it says of studies that have no label."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def evaluate(config: Config, store: Store, *, train: Path) -> Evaluation:
         read_fold(train / f"fold-{fold}", fold, config=config, store_digest=store.digest)
         for fold in sorted(config.train.folds)
     ]
+    _check_one_dealing(folds)
     slices, where_N2 = gather(store, folds)
     levels = {"slice": slices, "study": to_studies(slices)}
     metrics = _metrics(levels, _count(store, slices, where_N2), config)
@@ -99,6 +102,7 @@ def read_fold(folder: Path, fold: int, *, config: Config, store_digest: str) -> 
             json.loads((folder / "summary.json").read_bytes()),
             pd.read_csv(folder / "history.csv"),
             pd.read_parquet(folder / "predictions.parquet"),
+            pd.read_parquet(folder / "unlabelled.parquet"),
         )
     except FileNotFoundError as error:
         raise CheckpointError(
@@ -132,32 +136,45 @@ def _check_summary(folder: Path, result: TrainedFold, *, config: Config, store_d
         )
 
 
-def differences(found: Any, expected: Any, key: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted key → (found, expected) wherever two nested mappings disagree."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        nested = {}
-        for name in [*expected, *(name for name in found if name not in expected)]:
-            nested.update(differences(found.get(name), expected.get(name), f"{key}.{name}" if key else name))
-        return nested
-    return {} if found == expected else {key: (found, expected)}
+def _check_one_dealing(folds: Sequence[TrainedFold]) -> None:
+    """Folds of two dealings may hold one patient out twice, or learn from whom another holds out."""
+    digests = {result.summary["folds_digest"]: result.fold for result in folds}
+    if len(digests) > 1:
+        raise CheckpointError(
+            f"folds {', '.join(map(str, sorted(digests.values())))} were trained on different fold tables; run `dvc repro` to "
+            f"train them again"
+        )
+
+
+def average_folds(folds: Sequence[TrainedFold]) -> pd.DataFrame:
+    """The folds' mean probabilities for the slices of studies without any label, which no fold has held out.
+
+    Returns:
+        image_id, study_uid, folds (how many were averaged) and a column a label; in the store's order.
+    """
+    tables = pd.concat([result.unlabelled[COLUMNS] for result in folds], ignore_index=True)
+    groups = tables.groupby(["image_id", "study_uid"], sort=False)
+    means = groups[list(LABELS)].mean()
+    means.insert(0, "folds", groups.size())
+    return means.reset_index()
 
 
 def _check_predictions(folder: Path, result: TrainedFold) -> None:
-    path, table = folder / "predictions.parquet", result.predictions
+    _check_table(folder / "predictions.parquet", result.predictions, result.fold)
+    _check_table(folder / "unlabelled.parquet", result.unlabelled, result.fold)
+
+
+def _check_table(path: Path, table: pd.DataFrame, fold: int) -> None:
     missing = [column for column in COLUMNS if column not in table]
     if missing:
-        raise CheckpointError(f"{path}: fold {result.fold} lacks the column(s) {', '.join(missing)}; train it again")
+        raise CheckpointError(f"{path}: fold {fold} lacks the column(s) {', '.join(missing)}; train it again")
     probabilities = table[list(LABELS)].to_numpy(np.float64)
     bad = int((~((probabilities >= 0) & (probabilities <= 1))).any(axis=1).sum())  # NaN is neither
     if bad:
-        raise CheckpointError(
-            f"{path}: fold {result.fold} has {bad} row(s) with no probability in 0 to 1; train it again"
-        )
+        raise CheckpointError(f"{path}: fold {fold} has {bad} row(s) with no probability in 0 to 1; train it again")
     found = sorted(set(table["fold"]))
-    if found not in ([], [result.fold]):
-        raise CheckpointError(
-            f"{path}: expected fold {result.fold} only, found {found}; train fold {result.fold} again"
-        )
+    if found not in ([], [fold]):
+        raise CheckpointError(f"{path}: expected fold {fold} only, found {found}; train fold {fold} again")
 
 
 def gather(store: Store, folds: Sequence[TrainedFold]) -> tuple[Scored, Slices]:

@@ -1,14 +1,19 @@
-"""The networks: a compact residual CNN of our own, and MONAI's backbones by name. Six logits a slice.
+"""The networks: a compact residual CNN of our own, and MONAI's backbones by name. Slices to features, features to six logits.
 
 Ours uses GroupNorm, not BatchNorm: its sums do not depend on how a batch is split over processes, and it learns with the
 small batches that a CPU can hold. MONAI takes five seconds to import, so it is imported only where it is asked for.
+Axes: N slices in a batch, X input channels, R rows, C columns, F features, L labels.
 """
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from pipeline.config import MODELS
 from pipeline.errors import ConfigError
 from pipeline.labels import LABELS
 
@@ -24,6 +29,19 @@ MEAN_GREY = 0.4
 
 PRIOR_LOGIT = -2.0
 """Start near the rates of real slices (12 %): else the first steps only learn that most slices are negative."""
+
+PUBLISHED_CHANNELS = 3
+"""Channels of the photographs that published weights were learnt from."""
+
+PUBLISHED_SE_NETS = {
+    "seresnet50": "se_resnet50",
+    "seresnext50": "se_resnext50_32x4d",
+    "seresnext101": "se_resnext101_32x4d",
+}
+"""MONAI's names of the published weights of its SE-nets."""
+
+WRAPPERS = re.compile(r"^((module|model)\.)*")
+"""What DataParallel and training frameworks put before the names in a state dict."""
 
 
 class SqueezeExcite(nn.Module):
@@ -64,15 +82,12 @@ class ResidualBlock(nn.Module):
         return self.activation(summed)
 
 
-class CompactCNN(nn.Module):
-    """A small residual squeeze-and-excitation network that learns on a CPU.
+class CompactBody(nn.Module):
+    """A small residual squeeze-and-excitation network that learns on a CPU: float [N, X, R, C] to features [N, F]."""
 
-    Args:
-        channels: input channels: windows × slices seen at once.
-        dropout: share of the pooled features dropped in training.
-    """
+    feature_size = 2 * WIDTHS[-1]
 
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(channels, WIDTHS[0], STEM_KERNEL, STEM_STRIDE, 1, bias=False),
@@ -86,68 +101,187 @@ class CompactCNN(nn.Module):
                 for before, after in zip(inputs, WIDTHS, strict=True)
             )
         )
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(2 * WIDTHS[-1], len(LABELS))
 
-    def forward(self, slices_NCHW: Tensor) -> Tensor:
-        features_NCHW = self.levels(self.stem(slices_NCHW - MEAN_GREY))
+    def forward(self, slices_NXRC: Tensor) -> Tensor:
+        features_NFRC = self.levels(self.stem(slices_NXRC - MEAN_GREY))
         # The mean tells how much there is, the maximum whether there is a small one anywhere.
-        pooled_NC = torch.cat([features_NCHW.mean((2, 3)), features_NCHW.amax((2, 3))], dim=1)
-        logits_NL: Tensor = self.head(self.dropout(pooled_NC))
+        return torch.cat([features_NFRC.mean((2, 3)), features_NFRC.amax((2, 3))], dim=1)
+
+
+class SliceNet(nn.Module):
+    """A body that sees features in slices, and a linear head that makes six logits of them.
+
+    Args:
+        body: a module from float [N, X, R, C] in 0…1 to features [N, F].
+        feature_size: F.
+        dropout: share of the features dropped in training.
+    """
+
+    def __init__(self, body: nn.Module, *, feature_size: int, dropout: float) -> None:
+        super().__init__()
+        self.body, self.feature_size = body, feature_size
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(feature_size, len(LABELS))
+        nn.init.constant_(self.head.bias, PRIOR_LOGIT)
+
+    def features(self, slices_NXRC: Tensor) -> Tensor:
+        """What the body sees, before dropout: float32 [N, F], under autocast too."""
+        features_NF: Tensor = self.body(slices_NXRC)
+        return features_NF.float()
+
+    def forward(self, slices_NXRC: Tensor) -> Tensor:
+        logits_NL: Tensor = self.head(self.dropout(self.features(slices_NXRC)))
         return logits_NL
 
 
-def build_model(name: str, *, channels: int, dropout: float, pretrained: bool = False) -> nn.Module:
+def build_model(name: str, *, channels: int, dropout: float, pretrained: bool | str = False) -> SliceNet:
     """Make a network with six logits.
 
     Args:
         name: one of `pipeline.config.MODELS`.
-        channels: input channels.
-        dropout: share dropped before the last layer, where the network has such a place.
-        pretrained: start from weights that MONAI can fetch; needs the internet once.
+        channels: input channels: windows × slices seen at once.
+        dropout: share of the features dropped before the last layer.
+        pretrained: true: start from published weights, which MONAI fetches, once; a path: from the weights in that file, a
+            state dict named as MONAI names its network's tensors, or a `model.pt` of ours.
 
     Returns:
         A module from float [slice, channel, row, column] in 0…1 to logits [slice, label].
 
     Raises:
-        ConfigError: the name is unknown, or pretrained weights cannot be had.
+        ConfigError: the name is unknown, or pretrained weights cannot be had, read or used.
     """
+    if name not in MODELS:
+        raise ConfigError(f"train.model = {name!r}: unknown model; expected one of {', '.join(MODELS)}")
+    body, feature_size = _make_body(name, channels=channels)
+    network = SliceNet(body, feature_size=feature_size, dropout=dropout)
+    if pretrained:
+        tensors = _read_weights(pretrained) if isinstance(pretrained, str) else _fetch_weights(name)
+        _load_weights(network, tensors, name=name, origin=pretrained if isinstance(pretrained, str) else "true")
+    return network
+
+
+def _make_body(name: str, *, channels: int) -> tuple[nn.Module, int]:
+    """The network without its classifier, and the number of its features."""
     if name == "compact":
-        if pretrained:
-            raise ConfigError("train.pretrained = true: the compact model has no pretrained weights; set it to false")
-        model: nn.Module = CompactCNN(channels, dropout)
-    else:
-        try:
-            model = _build_backbone(name, channels=channels, dropout=dropout, pretrained=pretrained)
-        except OSError as error:
-            raise ConfigError(
-                f"train.pretrained = true: weights of {name} cannot be fetched ({error}); set it to false"
-            ) from None
-    for layer in reversed(list(model.modules())):
-        if isinstance(layer, nn.Linear) and layer.out_features == len(LABELS):
-            nn.init.constant_(layer.bias, PRIOR_LOGIT)
-            break
-    return model
-
-
-def _build_backbone(name: str, *, channels: int, dropout: float, pretrained: bool) -> nn.Module:
+        return CompactBody(channels), CompactBody.feature_size
     from monai.networks import nets
 
-    labels = len(LABELS)
+    body: Any
     if name.startswith("efficientnet"):
-        return nets.EfficientNetBN(
-            name, pretrained=pretrained, spatial_dims=2, in_channels=channels, num_classes=labels
+        body = nets.EfficientNetBN(name, pretrained=False, spatial_dims=2, in_channels=channels)
+        body._dropout.p = 0.0  # dropout is `SliceNet`'s; stochastic depth (drop-connect) stays
+        classifier = "_fc"
+    elif name.startswith("densenet"):
+        body = getattr(nets, f"DenseNet{name.removeprefix('densenet')}")(2, channels, len(LABELS))
+        classifier = "class_layers.out"
+    elif name.startswith("seres"):
+        kind = getattr(nets, name.replace("seresnext", "SEResNext").replace("seresnet", "SEResNet"))
+        body = kind(spatial_dims=2, in_channels=channels)
+        classifier = "last_linear"
+    else:
+        # MONAI's defaults are for volumes: first stride 1, biases before norms. These are He et al.'s (2016), for pictures.
+        body = getattr(nets, name)(
+            spatial_dims=2, n_input_channels=channels, conv1_t_stride=2, shortcut_type="B", bias_downsample=False
         )
-    if name.startswith("densenet"):
-        kind = getattr(nets, f"DenseNet{name.removeprefix('densenet')}")
-        return kind(2, channels, labels, dropout_prob=dropout, pretrained=pretrained)
-    if name.startswith("seresnext"):
-        kind = getattr(nets, f"SEResNext{name.removeprefix('seresnext')}")
-        return kind(spatial_dims=2, in_channels=channels, num_classes=labels, pretrained=pretrained)
-    if name.startswith("resnet"):
-        if pretrained:
-            raise ConfigError(
-                f"train.pretrained = true: MONAI has no two-dimensional pretrained weights of {name}; set it to false"
-            )
-        return getattr(nets, name)(spatial_dims=2, n_input_channels=channels, num_classes=labels)
-    raise ConfigError(f"train.model = {name!r}: unknown model")
+        classifier = "fc"
+    feature_size = int(body.get_submodule(classifier).in_features)
+    body.set_submodule(classifier, nn.Identity())
+    return body, feature_size
+
+
+def _fetch_weights(name: str) -> dict[str, Tensor]:
+    """Published weights of the body by MONAI's names, from torch.hub's cache or the internet."""
+    if name == "compact" or name.startswith("resnet"):
+        raise ConfigError(
+            f"train.pretrained = true: there are no pretrained weights of {name} that MONAI could fetch; set it to false, or "
+            f"to the path of a file with weights"
+        )
+    from monai.networks.nets import densenet, efficientnet, senet
+
+    body, _ = _make_body(name, channels=PUBLISHED_CHANNELS)
+    # MONAI passes over in silence what it does not find under its names; NaN shows what it never wrote.
+    for tensor in body.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)
+    try:
+        if name.startswith("efficientnet"):
+            efficientnet._load_state_dict(body, name, progress=True, adv_prop=False)
+        elif name.startswith("densenet"):
+            densenet._load_state_dict(body, name, progress=True)
+        else:
+            senet._load_state_dict(body, PUBLISHED_SE_NETS[name], progress=True)
+    except Exception as error:  # no way to the internet, or a damaged file: see `_read_weights`
+        raise ConfigError(
+            f"train.pretrained = true: weights of {name} cannot be fetched into {torch.hub.get_dir()}, or read there "
+            f"({_first_line(error)}); set it to false, or to the path of a file with weights"
+        ) from None
+    return {key: tensor for key, tensor in body.state_dict().items() if not tensor.isnan().any()}
+
+
+def _read_weights(path: str) -> dict[str, Tensor]:
+    """The tensors of a file by name: a state dict's, or the first member's of a `model.pt`."""
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"train.pretrained = {path}: no such file; expected true, false or the path of a file with weights"
+        ) from None
+    except (
+        Exception
+    ) as error:  # on damaged bytes torch.load raises what it stumbles on: struct.error, AssertionError ...
+        raise ConfigError(
+            f"train.pretrained = {path}: cannot be read as weights ({_first_line(error)}); expected a file of torch.save with "
+            f"a state dict"
+        ) from None
+    is_dict = isinstance(content, dict)
+    if is_dict:
+        content = content["members"][0] if content.get("members") else content.get("weights", content)
+        is_dict = isinstance(content, dict)
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)} if is_dict else {}
+    if not tensors:
+        found = f"a dict of {', '.join(map(str, list(content)[:5]))}" if is_dict else type(content).__name__
+        raise ConfigError(f"train.pretrained = {path}: expected a state dict (names and tensors), found {found}")
+    return tensors
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _load_weights(network: SliceNet, tensors: dict[str, Tensor], *, name: str, origin: str) -> None:
+    """Take weights over: all of the body's, its first convolution adapted to the channels, and the head's where they fit."""
+    given = {_our_name(theirs): value for theirs, value in tensors.items()}
+    wanted = network.state_dict()
+    first = next(f"{part}.weight" for part, module in network.named_modules() if isinstance(module, nn.Conv2d))
+    if first in given and given[first].ndim == 4:
+        given[first] = adapt_channels(given[first], wanted[first].shape[1])
+    fitting = {key: given[key] for key in wanted if key in given and given[key].shape == wanted[key].shape}
+    # The head is another task's in published weights, and old files lack BatchNorm's counters, which nothing here reads.
+    needed = [key for key in wanted if key.startswith("body.") and not key.endswith("num_batches_tracked")]
+    unfit = [key for key in needed if key not in fitting]
+    if unfit:
+        key = unfit[0]
+        found = f"has shape {list(given[key].shape)}" if key in given else "is not there"
+        raise ConfigError(
+            f"train.pretrained = {origin}: {len(needed) - len(unfit)} of the {len(needed)} tensors of {name} fit; the first that "
+            f"does not, {key.removeprefix('body.')}, {found}, and {list(wanted[key].shape)} is expected. Set it to false, or to "
+            f"the path of weights of {name} by MONAI's names"
+        )
+    network.load_state_dict(fitting, strict=False)
+
+
+def _our_name(theirs: str) -> str:
+    """A tensor's name in a `SliceNet`, whether the file was of one or of a bare backbone."""
+    bare = WRAPPERS.sub("", theirs)
+    return bare if bare.startswith(("body.", "head.")) else f"body.{bare}"
+
+
+def adapt_channels(weight_FXRC: Tensor, channels: int) -> Tensor:
+    """Weights of a first convolution for another number of channels, so that its sums keep their size.
+
+    Over a multiple of the channels the weights are repeated; else each channel takes the mean over the old ones.
+    """
+    inputs = weight_FXRC.shape[1]
+    if channels % inputs:
+        weight_FXRC = weight_FXRC.mean(dim=1, keepdim=True)
+    return weight_FXRC.repeat(1, channels // weight_FXRC.shape[1], 1, 1) * (inputs / channels)

@@ -62,8 +62,8 @@ Listing = list[tuple[Any, ...]]
 Found = tuple[str, int, int]
 """A file's path in its source, size and stamp."""
 
-_Status = tuple[int, int, int, int]
-"""A file's size, stamp, device and inode: numbers, as a million objects that hold them would keep the garbage collector busy."""
+_Numbers = dict[str, int]
+"""Path → a number: the garbage collector passes these over, and goes through a million tuples again and again."""
 
 
 BadDeflateError: Any = isal_zlib.error
@@ -179,17 +179,23 @@ def _list_source(number: int, source: str, known: pd.DataFrame | None) -> pd.Dat
         raise SourceError(
             f"source.dicom: {source} {what}; set it to a folder of DICOM files, a .zip, a file, a glob, an s3:// URL, or a list of these"
         )
-    found: dict[str, _Status] = {}
+    sizes, stamps = _Numbers(), _Numbers()
     for top in tops:
         relative = "" if os.path.normpath(top) == os.path.normpath(root) else os.path.relpath(top, root)
-        if os.path.isdir(top):
-            prefix = f"{relative}/" if relative else ""
-            found |= {_shown(prefix + path): status for path, status in _walk(top)}
-        elif os.path.isfile(top):
-            found[_shown(relative)] = _status(os.stat(top))
-    found = _once(found) if "**" in source else found
-    files = ((path, size, stamp) for path, (size, stamp, _, _) in found.items())
+        prefix = f"{relative}/" if relative and os.path.isdir(top) else relative
+        for path, status in _files_of(top):
+            shown = _shown(prefix + path)
+            sizes[shown], stamps[shown] = status.st_size, status.st_mtime_ns
+    paths = _once(root, sizes) if "**" in source else sizes
+    files = ((path, sizes[path], stamps[path]) for path in paths)
     return _open_archives(number, root, files, known, lambda name: open(name, "rb"))
+
+
+def _files_of(top: str) -> Iterable[tuple[str, os.stat_result]]:
+    """The files below a folder, or a file itself; nothing of what is neither, such as a pipe."""
+    if os.path.isdir(top):
+        return _walk(top)
+    return [("", os.stat(top))] if os.path.isfile(top) else []
 
 
 def _match(pattern: str) -> list[str]:
@@ -197,24 +203,25 @@ def _match(pattern: str) -> list[str]:
     return sorted(top for top in glob.glob(pattern, recursive=True, include_hidden=True) if os.path.exists(top))
 
 
-def _status(status: os.stat_result) -> _Status:
-    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
-
-
-def _once(found: dict[str, _Status]) -> dict[str, _Status]:
+def _once(root: str, paths: Iterable[str]) -> Iterable[str]:
     """Each file by its shortest name: `**` follows a link that leads up round and round."""
-    by_file = {found[path][2:]: path for path in sorted(found, key=len, reverse=True)}
-    return {path: found[path] for path in by_file.values()}
+    by_file: dict[Any, str] = {}
+    for path in sorted(paths, key=len, reverse=True):
+        try:
+            status = os.stat(_join(root, path))
+            by_file[status.st_dev, status.st_ino] = path
+        except FileNotFoundError:  # its name is no UTF-8, and shown in another way
+            by_file[path] = path
+    return by_file.values()
 
 
 def _open_archives(
     number: int, root: str, files: Iterable[Found], known: pd.DataFrame | None, open_file: Callable[[str], Any]
 ) -> pd.DataFrame:
     """The listing of a source: its files, then the members of its zips, each in order."""
-    plain: list[Found] = []
+    sizes, stamps = _Numbers(), _Numbers()
     archives: dict[str, pd.DataFrame] = {}
-    for file in files:
-        path, size, stamp = file
+    for path, size, stamp in files:
         if is_zip_name(path or root):
             archive_stamp = _hash(f"{size} {stamp}")
             before = _known_members(known, number, path, archive_stamp)
@@ -226,8 +233,8 @@ def _open_archives(
             if members is not None:
                 archives[path] = _table(number, [(path, *row[:3], archive_stamp, *row[3:]) for row in members])
                 continue
-        plain.append(file)
-    tables = [_plain_table(number, plain), *(archives[path] for path in sorted(archives))]
+        sizes[path], stamps[path] = size, stamp
+    tables = [_plain_table(number, sizes, stamps), *(archives[path] for path in sorted(archives))]
     tables = [table.sort_values("path", kind="stable", ignore_index=True) for table in tables]
     return pd.concat(tables, ignore_index=True) if archives else tables[0]
 
@@ -239,21 +246,20 @@ def _known_members(known: pd.DataFrame | None, number: int, path: str, archive_s
     return same if len(same) else None
 
 
-def _plain_table(number: int, files: list[Found]) -> pd.DataFrame:
+def _plain_table(number: int, sizes: _Numbers, stamps: _Numbers) -> pd.DataFrame:
     """The listing of files in no zip; made by columns, as a million of them take seconds by rows."""
-    paths, sizes, stamps = zip(*files, strict=True) if files else ((), (), ())
     columns: dict[str, Any] = {
         "source": number,
         "archive": "",
-        "path": pd.array(np.array(paths, object), dtype="str"),
-        "size": np.array(sizes, np.int64),
-        "stamp": np.array(stamps, np.int64),
+        "path": pd.array(np.array(list(sizes), object), dtype="str"),
+        "size": np.array(list(sizes.values()), np.int64),
+        "stamp": np.array(list(stamps.values()), np.int64),
         "archive_stamp": 0,
         "method": NOT_PACKED,
         "offset": 0,
         "packed_size": 0,
     }
-    return pd.DataFrame(columns, columns=FILE_COLUMNS, index=pd.RangeIndex(len(files))).astype({"archive": "str"})
+    return pd.DataFrame(columns, columns=FILE_COLUMNS, index=pd.RangeIndex(len(sizes))).astype({"archive": "str"})
 
 
 def _table(number: int, rows: Listing) -> pd.DataFrame:
@@ -267,7 +273,7 @@ def _shown(path: str) -> str:
     return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _walk(folder: str) -> Iterator[tuple[str, _Status]]:
+def _walk(folder: str) -> Iterator[tuple[str, os.stat_result]]:
     """Files below `folder` with paths relative to it; links are followed, each folder is entered once."""
     entered: set[tuple[int, int]] = set()
     waiting = [""]
@@ -285,7 +291,7 @@ def _walk(folder: str) -> Iterator[tuple[str, _Status]]:
                 if entry.is_dir():
                     waiting.append(prefix + entry.name)
                 elif entry.is_file():
-                    yield prefix + entry.name, _status(entry.stat())
+                    yield prefix + entry.name, entry.stat()
 
 
 def is_zip_name(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""The run: one fold of the CNN, from the store to out-of-fold predictions.
+"""The CNN's run over one fold: epochs, steps of the optimiser, and checkpoints from which a killed run goes on.
 
 Patients are held apart three ways: those that the network learns from, a few of the training side that decide when to stop,
 and the held-out fold, which is looked at once, at the end. The run's state is small and explicit, so that a killed run goes
@@ -8,35 +8,48 @@ on from its newest checkpoint and, on the CPU, ends in the same weights bit for 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
+import io
 import math
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from pipeline import augment, folds, loader, loss, model, parts
 from pipeline.checkpoint import load_newest, save_checkpoint
-from pipeline.config import Config, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.device import choose_device, choose_precision
 from pipeline.errors import IchorError
-from pipeline.labels import LABELS
+from pipeline.inference import Seen, predict, scale, to_device
+from pipeline.live import Live
 from pipeline.loader import Batch, Loader, SliceDataset, epoch_order, name_batches
-from pipeline.loss import hemorrhage_loss
+from pipeline.loss import METRIC, hemorrhage_loss
 from pipeline.model import build_model
-from pipeline.parts import HELD_OUT, TRAINING, VALIDATION, FoldSlices, split_slices
+from pipeline.optimise import average_weights, draw_mixup, learning_rate_at, make_optimizer, mix
+from pipeline.parts import HELD_OUT, TRAINING, VALIDATION, FoldSlices
+from pipeline.processes import Processes
 from pipeline.progress import Progress
 from pipeline.store import Store
 
-CHECK_EVERY = 20
-"""Batches between two looks at the loss: reading it makes a GPU wait."""
+LOOK_EVERY = 20
+"""Batches between two looks at the loss on a GPU: each makes it wait."""
+
+LIVE_INTERVAL_S = 10.0
+"""Seconds between two points of the live curves."""
+
+NAMED_SLICES = 6
+"""Slices of a bad batch that an error names."""
+
+Weights = dict[str, Tensor]
+Slices = npt.NDArray[np.int64]
+"""int64 [n, 2]: study and slice number."""
 
 
 @dataclass
@@ -51,134 +64,120 @@ class RunState:
     best_loss: float = math.inf
     best_epoch: int = -1
     epoch_seconds: float = 0.0
+    wait_seconds: float = 0.0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class FoldResult:
-    """What training a fold gives."""
-
-    weights: dict[str, Tensor]
-    predictions: pd.DataFrame
-    history: pd.DataFrame
-    summary: dict[str, Any]
-
-
-def train_fold(config: Config, store: Store, fold: int, *, wip: Path) -> FoldResult:
-    """Train one fold, or go on with it, and predict its held-out slices.
+class Trainer:
+    """Holds the state of one fold's run.
 
     Args:
         config: the parameters.
         store: the opened store.
-        fold: its number.
-        wip: folder for checkpoints; the fold's own is below it, named by fingerprint.
-
-    Raises:
-        IchorError: too few patients or labels, a loss that is no number, or a device that is not there.
+        slices: who learns, and who decides when to stop.
+        identity: all that decides the weights; a checkpoint of another one is refused.
+        folder: where checkpoints lie.
+        processes: the others that share the work.
+        live: the project's folder of live curves, or None.
     """
-    identity = describe_run(config, store, fold)
-    folder = wip / f"fold-{fold}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    slices = split_slices(config, store, fold)
-    return Trainer(config.train, store, slices, identity=identity, folder=folder).run()
-
-
-def describe_run(config: Config, store: Store, fold: int) -> dict[str, Any]:
-    """All that decides a fold's weights; plain values, so that a checkpoint can hold and compare it."""
-    digest = hashlib.sha256()
-    for module in (augment, folds, loader, loss, model, parts):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    digest.update(Path(__file__).read_bytes())
-    return {
-        "fold": fold,
-        "store_digest": store.digest,
-        "params": config.train.shaping(),
-        "folds_params": config.folds.model_dump(),
-        "torch": str(torch.__version__),
-        "code": digest.hexdigest()[:16],
-    }
-
-
-def learning_rate_at(step: int, *, steps: int, warmup_steps: int, peak: float) -> float:
-    """Linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017, SGDR, without restarts)."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-class Trainer:
-    """Holds the state of one fold's run."""
 
     def __init__(
-        self, config: TrainConfig, store: Store, slices: FoldSlices, *, identity: dict[str, Any], folder: Path
+        self,
+        config: TrainConfig,
+        store: Store,
+        slices: FoldSlices,
+        *,
+        identity: dict[str, Any],
+        folder: Path,
+        processes: Processes,
+        live: Path | None = None,
     ) -> None:
         self.config, self.store, self.slices = config, store, slices
-        self.identity, self.folder = identity, folder
-        self.device = choose_device(config.device)
+        self.identity, self.folder, self.processes, self.live_folder = identity, folder, processes, live
+        self.device = choose_device(config.device, local_rank=processes.local_rank)
         self.precision = choose_precision(config.precision, self.device)
         self.state = RunState()
-        self.batches = math.ceil(len(slices.training) / config.batch_size)
-        self.steps = math.ceil(self.batches / config.accumulate) * config.epochs
+        self.labels_NL = store.labels[slices.training[:, 0], slices.training[:, 1]]
+        self.slices_an_epoch = len(self._order(0))
+        self.batches = math.ceil(self.slices_an_epoch / config.batch_size)
+        self.steps_an_epoch = math.ceil(self.batches / config.accumulate)
         torch.manual_seed(config.seed)
         channels = len(store.windows) * (2 * config.neighbours + 1)
         network = build_model(config.model, channels=channels, dropout=config.dropout, pretrained=config.pretrained)
         # channels_last: the store's own order of bytes, and what convolutions on CPUs and tensor cores want.
-        self.network: nn.Module = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.averaged: nn.Module = copy.deepcopy(self.network).eval()
-        self.forward = torch.compile(self.network) if config.compile else self.network
-        self.best: dict[str, Tensor] = {}
-        self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=config.learning_rate)
+        self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.averaged = copy.deepcopy(self.network).eval()
+        forward: Any = torch.compile(self.network) if config.compile else self.network
+        self.forward = processes.wrap(forward, self.device)
+        self.best: Weights = {}
+        self.snapshots: list[Weights] = []
+        self.optimizer = make_optimizer(self.network, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
+        self.grad_norm = torch.zeros((), device=self.device)
+        self.live: Live | None = None
         self.mean_loss = math.nan
-        self.saved_s = time.monotonic()
+        self.saved_s = self.shown_s = time.monotonic()
+        if processes.count > 1:
+            torch.manual_seed(config.seed + processes.rank)  # each drops out other features
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Weight decay on weights alone: on biases and norms it only fights what they are for."""
-        matrices = [parameter for parameter in self.network.parameters() if parameter.ndim > 1]
-        vectors = [parameter for parameter in self.network.parameters() if parameter.ndim <= 1]
-        return [
-            {"params": matrices, "weight_decay": self.config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-
-    def run(self) -> FoldResult:
-        """Train to the last epoch or until the validation loss no longer falls, then predict the held-out slices."""
+    def run(self) -> None:
+        """Train to the last epoch, or until the validation loss no longer falls."""
         self._resume()
         self._describe()
-        training = Loader(
-            self._dataset(self.slices.training, augmented=True),
-            workers=self.config.loader_workers,
-            pin=self.device.type == "cuda",
-        )
-        total = len(self.slices.training) * self.config.epochs
-        done = self.state.epoch * len(self.slices.training) + self.state.batch * self.config.batch_size
-        with Progress(total, what=f"train fold {self.identity['fold']}", unit="slices", done=done) as progress:
-            while not self._is_finished():
-                self._train_epoch(training, progress)
-                self._end_epoch()
-        training.close()
-        return self._result()
+        pin, workers = self.device.type == "cuda", self.config.loader_workers
+        training = Loader(self._dataset(self.slices.training, augmented=True), workers=workers, pin=pin)
+        watching = Loader(self._dataset(self._share(self.slices.validation)), workers=workers, pin=pin)
+        total = self.slices_an_epoch * self.config.epochs
+        done = self.state.epoch * self.slices_an_epoch + self.state.batch * self.config.batch_size
+        if self.live_folder:
+            self.live = Live(self.live_folder, name=f"fold-{self.identity['fold']}", step=self.state.step)
+        try:
+            with Progress(total, what=self._name, unit="slices", done=done, stream=self._stream()) as progress:
+                while not self._is_finished():
+                    self._train_epoch(training, progress)
+                    self._end_epoch(watching)
+        finally:
+            training.close()
+            watching.close()
+
+    @property
+    def members(self) -> list[Weights]:
+        """The weights whose predictions are averaged, the newest last."""
+        return self.snapshots if self.config.snapshots > 1 else [self.best]
+
+    @property
+    def _name(self) -> str:
+        return f"train fold {self.identity['fold']}"
+
+    def _stream(self) -> Any:
+        return sys.stderr if self.processes.is_first else io.StringIO()
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        config = self.config
+        return epoch_order(self.labels_NL, seed=config.seed, epoch=epoch, sampling=config.sampling)
 
     def _is_finished(self) -> bool:
         waited = self.state.epoch - 1 - self.state.best_epoch
         return self.state.epoch >= self.config.epochs or (self.state.epoch > 0 and waited >= self.config.patience)
 
     def _describe(self) -> None:
+        if not self.processes.is_first:
+            return
         patients = self.slices.patients
         precision = str(self.precision or torch.float32).removeprefix("torch.")
+        together = f" × {self.processes.count} processes" if self.processes.count > 1 else ""
         begun = f", going on in epoch {self.state.epoch + 1} at batch {self.state.batch}" if self.state.step else ""
         print(
             f"train: fold {self.identity['fold']}, {self.config.model} "
-            f"({sum(p.numel() for p in self.network.parameters()):,} parameters) on {self.device}, {precision}; "
+            f"({sum(p.numel() for p in self.network.parameters()):,} parameters) on {self.device}{together}, {precision}; "
             f"{len(self.slices.training):,} slices of {patients[TRAINING]:,} patients to learn from, "
             f"{len(self.slices.validation):,} of {patients[VALIDATION]:,} to stop by, "
             f"{len(self.slices.held_out):,} of {patients[HELD_OUT]:,} held out{begun}",
             flush=True,
         )
 
-    def _dataset(self, slices: npt.NDArray[np.int64], *, augmented: bool) -> SliceDataset:
+    def _dataset(self, slices: Slices, *, augmented: bool = False) -> SliceDataset:
         return SliceDataset(
             self.store.reader,
             slices,
@@ -188,48 +187,68 @@ class Trainer:
             seed=self.config.seed,
         )
 
+    def _share(self, slices: Slices) -> Slices:
+        """This process's share of slices that are to be predicted."""
+        return np.array_split(slices, self.processes.count)[self.processes.rank]
+
     def _train_epoch(self, training: Loader, progress: Progress) -> None:
         state, config = self.state, self.config
-        order = epoch_order(len(self.slices.training), seed=config.seed, epoch=state.epoch)
-        names = name_batches(order, batch_size=config.batch_size, epoch=state.epoch, first=state.batch)
+        order = self._order(state.epoch)
+        names = name_batches(
+            order,
+            batch_size=config.batch_size,
+            epoch=state.epoch,
+            first=state.batch,
+            share=(self.processes.rank, self.processes.count),
+        )
         self.network.train()
-        started_s = time.monotonic()
-        loss_sum = torch.tensor(state.loss_sum, dtype=torch.float64, device=self._sum_device())
-        for batch in training.batches(names):
-            loss_value = self._train_batch(batch)
-            count = len(batch.labels_NL)
-            loss_sum += loss_value.detach().to(loss_sum) * count
-            state.loss_count += count
+        pending: list[Tensor] = []
+        self.since_s = time.monotonic()
+        for batch in self._waited_for(to_device(training.batches(names), self.device)):
+            numbers = order[state.batch * config.batch_size : (state.batch + 1) * config.batch_size]
+            pending.append(self._train_batch(batch, self.labels_NL[numbers]).detach())
             state.batch += 1
-            if self.device.type == "cpu" or state.batch % CHECK_EVERY == 0 or state.batch == self.batches:
-                state.loss_sum = self._finite(loss_sum.item())
-                self.mean_loss = state.loss_sum / state.loss_count
-            progress.advance(count, self._note())
             # Between two steps of the optimiser there are gradients that a checkpoint does not hold.
-            if self._ends_step(state.batch) and time.monotonic() - self.saved_s > config.checkpoint_seconds:
-                state.loss_sum = self._finite(loss_sum.item())
-                state.epoch_seconds += time.monotonic() - started_s
-                started_s = time.monotonic()
-                self._save()
-        state.epoch_seconds += time.monotonic() - started_s
+            is_due = self.device.type == "cpu" or len(pending) >= LOOK_EVERY or state.batch == self.batches
+            if is_due and self._ends_step(state.batch):
+                self._look(order, pending)
+                pending = []
+            progress.advance(len(numbers), self._note())
 
-    def _sum_device(self) -> torch.device:
-        return torch.device("cpu") if self.device.type == "mps" else self.device  # mps has no float64
+    def _waited_for(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the time that was spent waiting for them counted."""
+        while True:
+            started_s = time.monotonic()
+            batch = next(batches, None)
+            self.state.wait_seconds += time.monotonic() - started_s
+            if batch is None:
+                return
+            yield batch
 
     def _note(self) -> str:
         state = self.state
         valid = f", valid {state.history[-1]['valid_loss']:.4f}" if state.history else ""
         return f"epoch {state.epoch + 1}/{self.config.epochs}, loss {self.mean_loss:.4f}{valid}"
 
-    def _train_batch(self, batch: Batch) -> Tensor:
-        """One batch; the optimiser steps after every `accumulate` of them, and after the last of an epoch."""
-        state, config = self.state, self.config
-        logits_NL = self._logits(self.forward, batch)
-        loss_value = hemorrhage_loss(logits_NL, batch.labels_NL.to(self.device), config.loss)
-        self.scaler.scale(loss_value / config.accumulate).backward()
-        if self._ends_step(state.batch + 1):
+    def _train_batch(self, batch: Batch, whole_NL: npt.NDArray[np.int8]) -> Tensor:
+        """One batch, or this process's share of it; the optimiser steps after every `accumulate` of them, and after the last
+        of an epoch."""
+        state, config, labels_NL = self.state, self.config, batch.labels_NL
+        kept = draw_mixup(config.mixup, seed=config.seed, epoch=state.epoch, batch=state.batch)
+        whole = torch.from_numpy(whole_NL) if self.processes.count > 1 else None
+        ends_step = self._ends_step(state.batch + 1)
+        with nullcontext() if ends_step or self.processes.count == 1 else self.forward.no_sync():  # type: ignore[operator]
+            with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+                logits_NL = self.forward(mix(scale(batch.slices_NRCX), kept))
+            loss = hemorrhage_loss(logits_NL, labels_NL, config.loss, whole_NL=whole)
+            if kept < 1:
+                other = hemorrhage_loss(logits_NL, labels_NL.flip(0), config.loss, whole_NL=whole)
+                loss = kept * loss + (1 - kept) * other
+            # the processes' gradients are averaged, and their shares of the loss add up
+            self.scaler.scale(loss * (self.processes.count / config.accumulate)).backward()
+        if ends_step:
             self._step()
-        return loss_value
+        return loss
 
     def _ends_step(self, batches: int) -> bool:
         """Whether the optimiser steps after so many batches of an epoch."""
@@ -237,137 +256,178 @@ class Trainer:
 
     def _step(self) -> None:
         state, config = self.state, self.config
-        warmup_steps = int(config.warmup_epochs * self.steps / config.epochs)
-        rate = learning_rate_at(state.step, steps=self.steps, warmup_steps=warmup_steps, peak=config.learning_rate)
+        rate = learning_rate_at(state.step, steps_an_epoch=self.steps_an_epoch, config=config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_norm)
+        self.grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        self._average_weights()
+        average_weights(self.averaged, self.network, step=state.step, decay=config.ema_decay)
 
-    @torch.no_grad()
-    def _average_weights(self) -> None:
-        """Exponential moving average of the weights; at first over a shorter time, as the first weights are noise."""
-        decay = min(self.config.ema_decay, (1 + self.state.step) / (10 + self.state.step))
-        for mean, now in zip(self.averaged.state_dict().values(), self.network.state_dict().values(), strict=True):
-            if mean.dtype.is_floating_point:
-                mean.lerp_(now, 1 - decay)
-            else:
-                mean.copy_(now)
+    def _look(self, order: npt.NDArray[np.int64], pending: list[Tensor]) -> None:
+        """Take the losses of the batches since the last look off the device; stop at a bad one; save now and then."""
+        state, size = self.state, self.config.batch_size
+        now_s = time.monotonic()
+        wants_save = self.processes.is_first and now_s - self.saved_s > self.config.checkpoint_seconds
+        # fp16's own scaler skips steps whose gradients overflow
+        norm = torch.zeros_like(self.grad_norm) if self.scaler.is_enabled() else self.grad_norm
+        shares = torch.stack(
+            [*pending, norm.to(pending[0]) / self.processes.count, torch.tensor(float(wants_save)).to(pending[0])]
+        )
+        *losses, norm_value, save = self.processes.sum(shares).tolist()
+        first = state.batch - len(losses)
+        for number, loss in enumerate(losses, start=first):
+            numbers = order[number * size : (number + 1) * size]
+            is_last = number == state.batch - 1
+            if not math.isfinite(loss):
+                raise self._diverged("loss", loss, number, numbers)
+            if is_last and not math.isfinite(norm_value):
+                raise self._diverged("gradient", norm_value, number, numbers)
+            state.loss_sum += loss * len(numbers)
+            state.loss_count += len(numbers)
+        self.mean_loss = state.loss_sum / state.loss_count
+        state.epoch_seconds += now_s - self.since_s
+        self.since_s = now_s
+        self._show()
+        if save:
+            self._save()
+            self.since_s = time.monotonic()
 
-    def _logits(self, network: nn.Module | Any, batch: Batch) -> Tensor:
-        """uint8 across the bus, scaled to 0…1 on the device."""
-        slices_NRCX = batch.slices_NRCX.to(self.device, non_blocking=True)
-        slices_NXRC = slices_NRCX.permute(0, 3, 1, 2).float().div_(255)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
-            logits_NL: Tensor = network(slices_NXRC)
-        return logits_NL.float()
+    def _show(self) -> None:
+        """A point of the live curves, now and then."""
+        if self.live is None or time.monotonic() - self.shown_s < LIVE_INTERVAL_S:
+            return
+        self.shown_s = time.monotonic()
+        self.live.log(self.state.step, "running", train_loss=self.mean_loss, **self._pace())
 
-    @torch.inference_mode()
-    def _predict(self, network: nn.Module, slices: npt.NDArray[np.int64]) -> Tensor:
-        """Logits of slices in their order: float32 [slice, label], on the CPU."""
-        loader = Loader(self._dataset(slices, augmented=False), workers=0)
-        names = name_batches(np.arange(len(slices)), batch_size=self.config.batch_size)
-        parts = [self._logits(network, batch).cpu() for batch in loader.batches(names)]
-        return torch.cat(parts) if parts else torch.empty(0, len(LABELS))
-
-    def _end_epoch(self) -> None:
+    def _pace(self) -> dict[str, float]:
         state = self.state
+        seconds = max(1e-9, state.epoch_seconds)
+        return {
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+            "slices_per_s": round(state.loss_count / seconds, 1),
+            "wait_share": round(min(1.0, state.wait_seconds / seconds), 4),
+        }
+
+    def see(self, loader: Loader, total: int, *, with_features: bool = False, progress: Progress | None = None) -> Seen:
+        """What the averaged network says of all processes' slices together; `loader` is of this one's share."""
+        names = name_batches(np.arange(len(loader.dataset)), batch_size=self.config.batch_size)
+        batches = loader.batches(names)
+        if progress:
+            batches = _counted(batches, progress)
+        seen = predict(
+            self.averaged,
+            batches,
+            device=self.device,
+            precision=self.precision,
+            flips=self.config.test_flips,
+            with_features=with_features,
+        )
+        counts = [len(share) for share in np.array_split(np.arange(total), self.processes.count)]
+        parts = (self.processes.gather_rows(torch.from_numpy(part), counts).numpy() for part in seen)
+        return Seen(*parts) if with_features else Seen(next(parts), seen.features_NF)
+
+    def see_slices(self, slices: Slices, *, with_features: bool = False) -> Seen:
+        """What the network says of slices, for good: the mean logits of all members, and the newest one's features."""
+        share = self._share(slices)
+        loader = Loader(self._dataset(share), workers=self.config.loader_workers, pin=self.device.type == "cuda")
+        what = f"predict fold {self.identity['fold']}"
+        logits = []
+        try:
+            with Progress(len(share) * len(self.members), what=what, unit="slices", stream=self._stream()) as progress:
+                for weights in self.members:
+                    self.averaged.load_state_dict(weights)
+                    seen = self.see(loader, len(slices), with_features=with_features, progress=progress)
+                    logits.append(seen.logits_NL)
+        finally:
+            loader.close()
+        return seen._replace(logits_NL=np.mean(logits, axis=0, dtype=np.float32))
+
+    def _end_epoch(self, watching: Loader) -> None:
+        state, valid = self.state, self.slices.validation
         started_s = time.monotonic()
-        labels_NL = torch.from_numpy(self.store.labels[self.slices.validation[:, 0], self.slices.validation[:, 1]])
-        logits_NL = self._predict(self.averaged, self.slices.validation)
-        valid_loss = self._finite(
-            hemorrhage_loss(logits_NL, labels_NL, self.config.loss.model_copy(update={"label_smoothing": 0.0})).item()
-        )
+        seen = self.see(watching, len(valid))
+        labels_NL = torch.from_numpy(self.store.labels[valid[:, 0], valid[:, 1]])
+        valid_loss = hemorrhage_loss(torch.from_numpy(seen.logits_NL), labels_NL, METRIC).item()
+        if not math.isfinite(valid_loss):
+            raise IchorError(f"train: the validation loss became {valid_loss} in epoch {state.epoch + 1}; {WAY_OUT}")
         state.seconds += state.epoch_seconds + time.monotonic() - started_s
-        state.history.append(
-            {
-                "epoch": state.epoch + 1,
-                "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
-                "train_loss": state.loss_sum / state.loss_count,
-                "valid_loss": valid_loss,
-                "slices_per_s": round(state.loss_count / max(1e-9, state.epoch_seconds), 1),
-                "seconds": round(state.seconds, 1),
-            }
-        )
+        losses = {"train_loss": state.loss_sum / state.loss_count, "valid_loss": valid_loss}
+        figures = {"epoch": state.epoch + 1, **losses, **self._pace(), "seconds": round(state.seconds, 1)}
+        state.history.append(figures)
+        if self.live:
+            self.live.log(state.step, "epoch", **figures)
+        weights = {name: value.detach().cpu().clone() for name, value in self.averaged.state_dict().items()}
         if valid_loss < state.best_loss:
-            state.best_loss, state.best_epoch = valid_loss, state.epoch
-            self.best = {name: value.detach().cpu().clone() for name, value in self.averaged.state_dict().items()}
+            state.best_loss, state.best_epoch, self.best = valid_loss, state.epoch, weights
+        if self.config.snapshots > 1:
+            self.snapshots = [*self.snapshots, weights][-self.config.snapshots :]
         state.epoch += 1
-        state.batch, state.loss_sum, state.loss_count, state.epoch_seconds = 0, 0.0, 0, 0.0
+        state.batch, state.loss_sum, state.loss_count = 0, 0.0, 0
+        state.epoch_seconds = state.wait_seconds = 0.0
         self._save()
 
-    def _finite(self, value: float) -> float:
-        if not math.isfinite(value):
-            raise IchorError(
-                f"train: the loss became {value} in epoch {self.state.epoch + 1} before batch {self.state.batch + 1}; the last good "
-                f"checkpoint is kept. Lower train.learning_rate or train.clip_norm, or set train.precision to fp32"
-            )
-        return value
+    def _diverged(self, what: str, value: float, batch: int, numbers: npt.NDArray[np.int64]) -> IchorError:
+        study, slice_number = self.slices.training[numbers[:NAMED_SLICES]].T
+        names = ", ".join(self.store.image_id[study, slice_number].tolist())
+        more = f" and {len(numbers) - NAMED_SLICES} more" if len(numbers) > NAMED_SLICES else ""
+        return IchorError(
+            f"train: the {what} became {value} in epoch {self.state.epoch + 1} at batch {batch + 1} of {self.batches} "
+            f"(slices {names}{more}); {WAY_OUT}"
+        )
 
     def _save(self) -> None:
-        content = {
-            "identity": self.identity,
-            "state": {**self.state.__dict__, "history": list(self.state.history)},
-            "network": self.network.state_dict(),
-            "averaged": self.averaged.state_dict(),
-            "best": self.best,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "device_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
-            "threads": torch.get_num_threads(),
+        rng = {
+            "cpu": torch.get_rng_state(),
+            "device": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
-        # Two positions can share a step (accumulation): count batches, which only grow.
-        save_checkpoint(self.folder, self.state.epoch * self.batches + self.state.batch, content)
+        rngs = self.processes.gather(rng)
+        if self.processes.is_first:
+            content = {
+                "identity": self.identity,
+                "state": {**self.state.__dict__, "history": list(self.state.history)},
+                "network": self.network.state_dict(),
+                "averaged": self.averaged.state_dict(),
+                "best": self.best,
+                "snapshots": self.snapshots,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "rng": rngs,
+                "threads": torch.get_num_threads(),
+            }
+            # Two positions can share a step (accumulation): count batches, which only grow.
+            save_checkpoint(self.folder, self.state.epoch * self.batches + self.state.batch, content)
         self.saved_s = time.monotonic()
 
     def _resume(self) -> None:
-        content = load_newest(self.folder, self.identity)
+        first = self.processes.is_first
+        content = self.processes.share_from_first(load_newest(self.folder, self.identity) if first else None)
         if content is None:
             return
         self.state = RunState(**content["state"])
         self.network.load_state_dict(content["network"])
         self.averaged.load_state_dict(content["averaged"])
-        self.best = content["best"]
+        self.best, self.snapshots = content["best"], content["snapshots"]
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])
-        torch.set_rng_state(content["rng"])
-        if self.device.type == "cuda" and content["device_rng"] is not None:
-            torch.cuda.set_rng_state(content["device_rng"])
         torch.set_num_threads(content["threads"])  # the number of threads changes the order of sums, so the weights
+        if self.processes.rank < len(content["rng"]):
+            rng = content["rng"][self.processes.rank]
+            torch.set_rng_state(rng["cpu"])
+            if self.device.type == "cuda" and rng["device"] is not None:
+                torch.cuda.set_rng_state(rng["device"], self.device)
 
-    def _result(self) -> FoldResult:
-        state, slices = self.state, self.slices
-        self.averaged.load_state_dict(self.best)
-        probabilities_NL = self._predict(self.averaged, slices.held_out).sigmoid().numpy()
-        study, slice_number = slices.held_out.T
-        predictions = pd.DataFrame(
-            {
-                "image_id": self.store.image_id[study, slice_number].astype(str),
-                "study_uid": self.store.study[study].astype(str),
-                "fold": np.full(len(study), self.identity["fold"], np.int16),
-                **{name: probabilities_NL[:, number] for number, name in enumerate(LABELS)},
-            }
-        )
-        summary = {
-            **self.identity,
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-            "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
-            "epochs": state.epoch,
-            "best_epoch": state.best_epoch + 1,
-            "best_valid_loss": state.best_loss,
-            "seconds": round(state.seconds, 1),
-            "train_slices": len(slices.training),
-            "valid_slices": len(slices.validation),
-            "held_out_slices": len(slices.held_out),
-            "train_patients": slices.patients[TRAINING],
-            "valid_patients": slices.patients[VALIDATION],
-            "held_out_patients": slices.patients[HELD_OUT],
-        }
-        return FoldResult(self.best, predictions, pd.DataFrame(state.history), summary)
+
+WAY_OUT = (
+    "the last good checkpoint is kept. Lower train.learning_rate or train.clip_norm, or set train.precision to fp32; "
+    "`python -m stages.inspect --verify` tells whether the store is sound"
+)
+
+
+def _counted(batches: Iterator[Batch], progress: Progress) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        progress.advance(len(batch.labels_NL))

@@ -1,7 +1,8 @@
 """Score the held-out predictions of the folds in train.folds, slice by slice and study by study; write the report.
 
 Reads <data>/store.zarr and <data>/train/fold-K; writes into <data>/report: metrics.json (all figures), headline.json (the
-few that tell two experiments apart), roc.csv and training.csv (curves), and report.html.
+few that tell two experiments apart), roc.csv and training.csv (curves), unlabelled.parquet (the folds' mean for studies without
+labels), and report.html.
 """
 
 import argparse
@@ -9,8 +10,8 @@ import json
 
 from pipeline.config import load_config
 from pipeline.errors import IchorError
-from pipeline.evaluate import curve_table, evaluate, training_table
-from pipeline.files import write_bytes, write_json
+from pipeline.evaluate import average_folds, curve_table, evaluate, training_table
+from pipeline.files import write_bytes, write_json, write_parquet
 from pipeline.gallery import show_window
 from pipeline.report import describe, render_report
 from pipeline.store import Store
@@ -52,6 +53,7 @@ def _write(arguments: argparse.Namespace) -> None:
     folder = arguments.data / "report"
     write_json(folder / "metrics.json", done.metrics)
     write_json(folder / "headline.json", done.metrics["headline"])
+    write_parquet(folder / "unlabelled.parquet", average_folds(done.folds))
     write_bytes(folder / "roc.csv", curve_table(done.curves).to_csv(index=False).encode())
     write_bytes(folder / "training.csv", training_table(done.folds).to_csv(index=False).encode())
     write_bytes(folder / "report.html", page.encode())

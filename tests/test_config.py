@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import load_config
+from pipeline.config import differences, load_config
 from pipeline.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -115,3 +115,9 @@ def test_shaping_leaves_out_what_does_not_decide_the_weights() -> None:
     shaping = load_config(ROOT / "params.yaml").train.shaping()
     assert not {"folds", "device", "loader_workers", "checkpoint_seconds"} & shaping.keys()
     assert {"model", "epochs", "batch_size", "augment", "loss"} <= shaping.keys()
+
+
+def test_differences_name_keys_on_either_side() -> None:
+    assert differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": 4}) == {"b.c": (2, 3), "d": (None, 4)}
+    assert differences({"a": 1}, {"a": 1}) == {}
+    assert differences(None, {"a": 1}, "x") == {"x": (None, {"a": 1})}

@@ -18,7 +18,7 @@ import sklearn.metrics
 from pipeline.charts import Axis, Line, chart, ticks
 from pipeline.config import Config, Window
 from pipeline.errors import CheckpointError, ConfigError, IchorError, StoreError
-from pipeline.evaluate import differences, evaluate
+from pipeline.evaluate import evaluate
 from pipeline.labels import ANY, LABELS
 from pipeline.shard import build_shard, encode_chunk
 from pipeline.store import STUDY_ARRAYS, Store, StoreContent, slice_axis, write_store
@@ -109,6 +109,7 @@ class Run:
             }
         ).sample(frac=1, random_state=fold)
         table.to_parquet(folder / "predictions.parquet")
+        table.iloc[:0].to_parquet(folder / "unlabelled.parquet")
         epochs = pd.DataFrame({"epoch": [1, 2, 3], "learning_rate": 0.1, "train_loss": [0.6, 0.4, 0.3]})
         epochs.assign(valid_loss=[0.6, 0.5, 0.45], slices_per_s=100.0, seconds=1.0).to_csv(
             folder / "history.csv", index=False
@@ -122,6 +123,7 @@ class Run:
             "store_digest": self.store.digest,
             "params": self.config.train.shaping(),
             "folds_params": self.config.folds.model_dump(),
+            "folds_digest": "dealt once",
             "epochs": 3,
             "best_epoch": 3,
             "best_valid_loss": 0.45,
@@ -163,13 +165,37 @@ def test_stage_writes_metrics_curves_and_report_and_prints_the_scores(
 ) -> None:
     done: Ran = run_stage("evaluate", params=run.params)
     assert done.code == 0, done.err
-    assert sorted(run.outputs()) == ["headline.json", "metrics.json", "report.html", "roc.csv", "training.csv"]
+    written = ["headline.json", "metrics.json", "report.html", "roc.csv", "training.csv", "unlabelled.parquet"]
+    assert sorted(run.outputs()) == written
     metrics = run.metrics()
     assert {"headline", "held_out", "counting", "slice", "study"} == set(metrics)
     for word in (*LABELS, "macro", "weighted log loss", "counting baseline", str(run.report / "report.html")):
         assert word in done.out
     main(argparse.Namespace(params=run.params, data=run.data, show=True))
     assert capsys.readouterr().out == done.out
+
+
+def test_studies_without_labels_get_the_mean_of_the_folds(run: Run) -> None:
+    rng = np.random.default_rng(1)
+    tables = []
+    for fold in (0, 1):
+        table = pd.read_parquet(run.data / "train" / f"fold-{fold}" / "predictions.parquet").iloc[:4]
+        table = table.assign(image_id=["b", "a", "c", "d"], study_uid="u", fold=np.int16(fold))
+        table[list(LABELS)] = rng.random((4, len(LABELS)))
+        table.to_parquet(run.data / "train" / f"fold-{fold}" / "unlabelled.parquet")
+        tables.append(table.set_index("image_id"))
+    run.evaluate()
+    mean = pd.read_parquet(run.report / "unlabelled.parquet").set_index("image_id")
+    assert mean.index.tolist() == ["b", "a", "c", "d"]
+    assert (mean["folds"] == 2).all()
+    expected = (tables[0][list(LABELS)] + tables[1][list(LABELS)]) / 2
+    np.testing.assert_allclose(mean[list(LABELS)], expected, rtol=1e-6)
+
+
+def test_folds_of_two_dealings_are_refused(run: Run) -> None:
+    run.write_summary(1, folds_digest="dealt again")
+    with pytest.raises(CheckpointError, match="folds 0, 1 were trained on different fold tables"):
+        run.evaluate()
 
 
 def test_scores_equal_scikit_learns_on_the_predictions_joined_by_hand(run: Run) -> None:
@@ -255,12 +281,6 @@ def test_fold_of_other_parameters_is_refused_by_key(run: Run, changes: dict[str,
     run.write_summary(0, **found)
     with pytest.raises(CheckpointError, match=message):
         run.evaluate()
-
-
-def test_differences_name_keys_on_either_side() -> None:
-    assert differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": 4}) == {"b.c": (2, 3), "d": (None, 4)}
-    assert differences({"a": 1}, {"a": 1}) == {}
-    assert differences(None, {"a": 1}, "x") == {"x": (None, {"a": 1})}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"fold": 0}'])

@@ -89,7 +89,7 @@ class Project:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = Project(tmp_path_factory.mktemp("project"))
     ran, out = project.repro()
-    assert ran == ["phantom", "index", "preprocess", "train@0", "evaluate"], out
+    assert ran == ["phantom", "index", "preprocess", "folds", "train@0", "evaluate"], out
     return project
 
 
@@ -120,7 +120,7 @@ def test_changed_window_runs_preprocess_and_what_follows_and_reads_no_header(pro
     windows = yaml.safe_load((project.folder / "params.yaml").read_text())["preprocess"]["windows"]
     project.set(preprocess={"windows": {**windows, "brain": {"centre": 35, "width": 70}}})
     ran, out = project.repro()
-    assert ran == ["index", "preprocess", "train@0", "evaluate"]
+    assert ran == ["index", "preprocess", "folds", "train@0", "evaluate"]
     assert ", 0 new or changed" in out
     project.set(preprocess={"windows": windows})
     project.repro()
@@ -148,7 +148,7 @@ def test_changed_label_makes_no_pixel_again(project: Project) -> None:
     own = project.folder / "own.csv"
     own.write_text("\n".join([lines[0], *lines[7:]]) + "\n")  # the first image loses its labels
     project.set(source={"labels": "own.csv"})
-    assert project.repro()[0] == ["index", "preprocess", "train@0", "evaluate"]
+    assert project.repro()[0] == ["index", "preprocess", "folds", "train@0", "evaluate"]
     assert {path.name: path.stat().st_mtime_ns for path in shards.iterdir()} == before
     project.set(source={"labels": "data/phantom/labels.csv"})
     project.repro()

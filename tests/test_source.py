@@ -37,6 +37,7 @@ import pipeline.index
 import pipeline.preprocess
 import pipeline.source
 from pipeline.errors import IchorError, SourceError, StoreError
+from pipeline.folds import deal_folds
 from pipeline.index import build_manifest
 from pipeline.manifest import EXCLUDED, account, kept, write_manifest
 from pipeline.parts import split_slices
@@ -489,11 +490,13 @@ def test_slices_without_labels_are_stored_and_stay_out_of_training(cohort: Cohor
     store = Store(cohort.data / "store.zarr")
     unlabelled = np.flatnonzero((store.labels < 0).all(axis=(1, 2)))
     assert store.study[unlabelled].tolist() == ["ID_0000000007", "ID_0000000008"]
+    config = cohort.config(folds__count=3)
     for fold in range(3):
-        parts = split_slices(cohort.config(folds__count=3), store, fold)
+        parts = split_slices(config, store, fold, deal_folds(config, store))
         learnt = np.concatenate([parts.training, parts.validation])
         assert len(learnt) > 0
         assert not np.isin(learnt[:, 0], unlabelled).any()
+        assert set(parts.unlabelled[:, 0]) == set(unlabelled)
 
 
 # ---- S3
