@@ -146,7 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
             make_store(folder, arguments)
         path = Path(processes.share_from_first(str(arguments.store or folder / "store.zarr")))
         figures = measure(Bench(Store(path), config.train, arguments, processes, folder))
-        processes.wait()
+        processes.gather(None)  # until all are here
     finally:
         if keep:
             print(f"kept: {folder / 'store.zarr'}", file=sys.stderr)

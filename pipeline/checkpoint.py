@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import torch
 
 from pipeline.config import differences
 from pipeline.errors import CheckpointError
-from pipeline.files import written_whole
+from pipeline.files import write_output
+
+MODEL_FORMAT = 1
+"""Of model.pt; raise it when one of the old form would be misread."""
 
 KEEP = 2
 """The newest, and one more should the newest be damaged."""
@@ -18,10 +22,19 @@ KEEP = 2
 
 def save_checkpoint(folder: Path, step: int, content: dict[str, Any]) -> None:
     """Write `content` (tensors, numbers, texts, lists, dicts) as the checkpoint of `step`, and drop the oldest."""
-    with written_whole(folder / f"step-{step:09d}.pt") as temporary:
-        torch.save(content, temporary)
+    write_tensors(folder / f"step-{step:09d}.pt", content)
     for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
         old.unlink()
+
+
+def write_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors and plain values, to be read by ``torch.load(weights_only=True)``; whole or not at all.
+
+    By way of memory: torch's own writer answers a full disk with an error that doesn't say so.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_output(path, buffer.getbuffer())
 
 
 def load_newest(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -27,7 +27,8 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         raise ConfigError(
-            f"train.device = {name!r}: cannot be used here ({first_line}); set it to auto or cpu"
+            f"train.device = {name!r}: cannot be used here, by process {local_rank + 1} of this host ({first_line}); set it to auto "
+            f"or cpu, and start no more processes than there are GPUs"
         ) from None
     return device
 
@@ -35,6 +36,6 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
 def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
     """The type for autocast, or None for full precision: `auto` is bf16 on a GPU that has it."""
     if name == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bf16" if has_bf16 else "fp32"
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -38,7 +38,7 @@ def written_whole(path: Path, *, synced: bool = True) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes, *, synced: bool = True) -> None:
+def write_bytes(path: Path, content: bytes | memoryview, *, synced: bool = True) -> None:
     """Write a file whole or not at all; not `synced`, a power cut may take it or leave it torn."""
     with written_whole(path, synced=synced) as temporary:
         temporary.write_bytes(content)
@@ -46,15 +46,16 @@ def write_bytes(path: Path, content: bytes, *, synced: bool = True) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, indented, in the order given; whole or not at all."""
-    _write_output(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_output(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_parquet(path: Path, table: pd.DataFrame) -> None:
     """Write a table without its index; whole or not at all; equal tables give equal bytes."""
-    _write_output(path, table.to_parquet(index=False, compression="zstd"))
+    write_output(path, table.to_parquet(index=False, compression="zstd"))
 
 
-def _write_output(path: Path, content: bytes) -> None:
+def write_output(path: Path, content: bytes | memoryview) -> None:
+    """Write a file whole or not at all; a full disk is said in words."""
     try:
         write_bytes(path, content)
     except OSError as error:

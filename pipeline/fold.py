@@ -7,7 +7,6 @@ takes the mean.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,38 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
-from pipeline import augment, folds, inference, loader, loss, model, optimise, parts, sequence, trainer
+from pipeline import (
+    augment,
+    device,
+    folds,
+    inference,
+    labels,
+    loader,
+    loss,
+    model,
+    optimise,
+    parts,
+    processes,
+    sequence,
+    trainer,
+)
 from pipeline.config import Config
-from pipeline.errors import IchorError
+from pipeline.errors import ConfigError, IchorError
 from pipeline.folds import FoldTable
 from pipeline.inference import Seen
 from pipeline.labels import LABELS
+from pipeline.model import refuse_leak
 from pipeline.parts import HELD_OUT, TRAINING, VALIDATION, split_slices
 from pipeline.processes import Processes
 from pipeline.sequence import SequenceResult, StudyFeatures, fit_sequence, predict_sequence
 from pipeline.store import Store
 from pipeline.trainer import Slices, Trainer, Weights
 
-SHAPING = (augment, folds, inference, loader, loss, model, optimise, parts, sequence, trainer)
+SHAPING = (
+    augment, device, folds, inference, labels, loader, loss, model, optimise, parts, processes, sequence, trainer
+)  # fmt: skip
 """The code that decides the weights and what they say."""
 
 
@@ -65,7 +82,7 @@ def train_fold(
         store: the opened store.
         fold: its number.
         table: which patient is in which fold.
-        wip: folder for checkpoints; the fold's own is below it, named by fingerprint.
+        wip: folder for checkpoints; the fold's own is below it.
         processes: the others that share the work; None for this one alone.
         live: the project's folder of live curves, or None.
 
@@ -74,11 +91,14 @@ def train_fold(
 
     Raises:
         IchorError: too few patients or labels, a loss that is no number, no more memory, or a device that is not there.
+        CheckpointError: an unfinished run of this fold had other parameters, another store or other code.
     """
     processes = processes or Processes()
     slices = split_slices(config, store, fold, table)
     identity = {**describe_run(config, store, fold), "folds_digest": slices.digest}
-    folder = wip / f"fold-{fold}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}"
+    if isinstance(config.train.pretrained, str):
+        refuse_leak(config.train.pretrained, identity)
+    folder = wip / f"fold-{fold}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
         run = Trainer(
@@ -94,6 +114,12 @@ def train_fold(
         return _finish(config, run, processes)
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(config, error) from None
+    except TorchDynamoException as error:
+        first_line = str(error).strip().splitlines()[0][:160]
+        raise ConfigError(
+            f"train.compile = true: the network cannot be compiled here ({type(error).__name__}: {first_line}); set it to false, or "
+            f"install a C++ compiler such as g++"
+        ) from None
 
 
 def describe_run(config: Config, store: Store, fold: int) -> dict[str, Any]:
@@ -120,6 +146,8 @@ def _finish(config: Config, run: Trainer, processes: Processes) -> FoldResult | 
     found: SequenceResult | None = None
     if config.train.sequence.kind == "none":
         logits_NL = run.see_slices(wanted).logits_NL
+        if not processes.is_first:
+            return None
     else:
         groups = [_whole_studies(run.store, part) for part in (slices.training, slices.validation, wanted)]
         seen = run.see_slices(np.concatenate(groups), with_features=True)
@@ -137,8 +165,6 @@ def _finish(config: Config, run: Trainer, processes: Processes) -> FoldResult | 
         rows = _find_rows(groups[2], wanted)
         logits_NL = predict_sequence(found.weights, rest, config=config.train.sequence, device=run.device)[rows]
         alone_NL = rest.logits_NL[rows]
-    if not processes.is_first:
-        return None
     alone = {} if found is None else {f"cnn_{name}": _sigmoid(alone_NL[:, k]) for k, name in enumerate(LABELS)}
     predictions = _tabulate(run, wanted, logits_NL, alone)
     return FoldResult(

@@ -1,7 +1,7 @@
 """Patients to folds: no patient on both sides, the rare labels spread evenly; and the table that says so.
 
-The table has one row a study. It follows from patients, labels and the parameters `folds` alone, never from pixels. What
-trains and what scores both read it, so that they cannot differ about who was held out.
+The table has one row a study. It follows from patients, labels and the parameters `folds` alone, never from pixels. Training
+reads it, and evaluation refuses folds that were trained on two tables, so that nobody differs about who was held out.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ def to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         for batch in batches:
             yield Batch(batch.slices_NRCX.to(device), batch.labels_NL.to(device))
         return
-    copying, working = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    copying, working = _copying_stream(device), torch.cuda.current_stream(device)
     for batch in batches:
         with torch.cuda.stream(copying):
             here = Batch(batch.slices_NRCX.to(device, non_blocking=True), batch.labels_NL.to(device, non_blocking=True))
@@ -40,6 +41,12 @@ def to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         for tensor in (here.slices_NRCX, here.labels_NL):
             tensor.record_stream(working)  # else its memory might be used again while it is still read
         yield here
+
+
+@lru_cache(maxsize=1)
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the whole run: memory that was freed serves its own stream alone."""
+    return torch.cuda.Stream(device)
 
 
 def scale(slices_NRCX: Tensor) -> Tensor:
@@ -67,14 +74,15 @@ def predict(
         flips: whether to take the mean with each slice's mirror image, left to right.
         with_features: whether they are wanted too.
     """
-    logits, features = [torch.empty(0, network.head.out_features)], [torch.empty(0, network.feature_size).half()]
+    logits = [torch.empty(0, network.head.out_features, device=device)]
+    features = [torch.empty(0, network.feature_size, device=device).half()]
     for batch in to_device(batches, device):
         slices_NXRC = scale(batch.slices_NRCX)
         views = [slices_NXRC, slices_NXRC.flip(3)] if flips else [slices_NXRC]
         with torch.autocast(device.type, precision, enabled=precision is not None):
             features_NF = torch.stack([network.features(view) for view in views]).float().mean(0)
-            logits_NL = network.head(features_NF)
-        logits.append(logits_NL.float().cpu())
+            logits.append(network.logits(features_NF))
         if with_features:
-            features.append(features_NF.half().cpu())
-    return Seen(torch.cat(logits).numpy(), torch.cat(features).numpy())
+            features.append(features_NF.half())
+    # taken off the device at the end: each batch by itself would make it wait
+    return Seen(torch.cat(logits).cpu().numpy(), torch.cat(features).cpu().numpy())

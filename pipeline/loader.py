@@ -271,7 +271,12 @@ class Loader:
         return Batch(batch.slices_NRCX.pin_memory(), batch.labels_NL.pin_memory()) if self.pin else batch
 
     def _from_processes(self, names: list[BatchName]) -> Iterator[Batch]:
-        self._start(max(len(name.numbers) for name in names))
+        if not names:
+            return
+        try:
+            self._start(max(len(name.numbers) for name in names))
+        except RuntimeError as error:
+            raise _explain(error, self.workers) from None
         self._names = names
         made: Iterator[_Made] = iter(self._processes or ())
         for number, name in enumerate(names):
@@ -326,12 +331,12 @@ def _context() -> multiprocessing.context.BaseContext:
 
 def _explain(error: RuntimeError, workers: int) -> Exception:
     """What became of a worker, in our words; any other error stays as it is."""
-    if "DataLoader worker" not in str(error) and "Pin memory thread" not in str(error):
+    if not any(words in str(error) for words in ("DataLoader worker", "Pin memory thread", "shared memory")):
         return error
     return IchorError(
-        f"train: one of the {workers} loader processes was ended from outside ({str(error).splitlines()[0]}). Most likely the "
-        f"memory ran out, or the shared memory by which batches are handed over (/dev/shm): a container may need more of it "
-        f"(docker run --shm-size=8g). Or lower train.loader_workers or train.batch_size; 0 workers need no shared memory"
+        f"train: the {workers} loader processes cannot go on ({str(error).splitlines()[0]}). Most likely the memory ran out, or the "
+        f"shared memory by which batches are handed over (/dev/shm): a container may need more of it (docker run --shm-size=8g). "
+        f"Or lower train.loader_workers or train.batch_size; 0 workers need no shared memory"
     )
 
 

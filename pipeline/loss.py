@@ -41,7 +41,8 @@ def hemorrhage_loss(
     positive_weights_L = _on_device(tuple(config.positive_weights), logits_NL.device).to(logits_NL)
     loss_NL = F.binary_cross_entropy_with_logits(logits_NL, target_NL, pos_weight=positive_weights_L, reduction="none")
     if config.focal_gamma:
-        missed_NL = (target_NL - logits_NL.sigmoid()).abs()
+        # where nothing is missed any more, a gamma below 1 would have an infinite slope
+        missed_NL = (target_NL - logits_NL.sigmoid()).abs().clamp(min=1e-6)
         loss_NL = loss_NL * missed_NL**config.focal_gamma
     known_weight = ((whole_NL >= 0).float() @ _on_device(LABEL_WEIGHTS, whole_NL.device)).sum().clamp(min=1e-12)
     loss = (loss_NL * known_NL * weights_L).sum() / known_weight

@@ -8,6 +8,7 @@ Axes: N slices in a batch, X input channels, R rows, C columns, F features, L la
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -129,9 +130,15 @@ class SliceNet(nn.Module):
         features_NF: Tensor = self.body(slices_NXRC)
         return features_NF.float()
 
-    def forward(self, slices_NXRC: Tensor) -> Tensor:
-        logits_NL: Tensor = self.head(self.dropout(self.features(slices_NXRC)))
+    def logits(self, features_NF: Tensor) -> Tensor:
+        """The head, in float32 under autocast too: bf16 keeps three digits, and slices would tie."""
+        # the meta device, on which shapes are counted, knows no autocast
+        with nullcontext() if features_NF.is_meta else torch.autocast(features_NF.device.type, enabled=False):
+            logits_NL: Tensor = self.head(features_NF)
         return logits_NL
+
+    def forward(self, slices_NXRC: Tensor) -> Tensor:
+        return self.logits(self.dropout(self.features(slices_NXRC)))
 
 
 def build_model(name: str, *, channels: int, dropout: float, pretrained: bool | str = False) -> SliceNet:
@@ -220,8 +227,41 @@ def _fetch_weights(name: str) -> dict[str, Tensor]:
 
 def _read_weights(path: str) -> dict[str, Tensor]:
     """The tensors of a file by name: a state dict's, or the first member's of a `model.pt`."""
+    content = _read_file(path)
+    is_dict = isinstance(content, dict)
+    if is_dict:
+        content = content["members"][0] if content.get("members") else content.get("weights", content)
+        is_dict = isinstance(content, dict)
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)} if is_dict else {}
+    if not tensors:
+        found = f"a dict of {', '.join(map(str, list(content)[:5]))}" if is_dict else type(content).__name__
+        raise ConfigError(f"train.pretrained = {path}: expected a state dict (names and tensors), found {found}")
+    return tensors
+
+
+def refuse_leak(path: str, identity: dict[str, Any]) -> None:
+    """Refuse weights of our own that have learnt from patients whom this fold holds out.
+
+    Args:
+        path: of the weights.
+        identity: of the run: `store_digest`, `folds_digest` and `fold` are compared.
+
+    Raises:
+        ConfigError: they are of another fold of this store.
+    """
+    content = _read_file(path)
+    if not isinstance(content, dict) or content.get("store_digest") != identity["store_digest"]:
+        return
+    if any(content.get(key) != identity[key] for key in ("fold", "folds_digest")):
+        raise ConfigError(
+            f"train.pretrained = {path}: a model of fold {content.get('fold')} of this very store has learnt from patients whom fold "
+            f"{identity['fold']} holds out, and its scores would be worth nothing; take weights that were made from other data"
+        )
+
+
+def _read_file(path: str) -> Any:
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(
             f"train.pretrained = {path}: no such file; expected true, false or the path of a file with weights"
@@ -233,15 +273,6 @@ def _read_weights(path: str) -> dict[str, Tensor]:
             f"train.pretrained = {path}: cannot be read as weights ({_first_line(error)}); expected a file of torch.save with "
             f"a state dict"
         ) from None
-    is_dict = isinstance(content, dict)
-    if is_dict:
-        content = content["members"][0] if content.get("members") else content.get("weights", content)
-        is_dict = isinstance(content, dict)
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)} if is_dict else {}
-    if not tensors:
-        found = f"a dict of {', '.join(map(str, list(content)[:5]))}" if is_dict else type(content).__name__
-        raise ConfigError(f"train.pretrained = {path}: expected a state dict (names and tensors), found {found}")
-    return tensors
 
 
 def _first_line(error: Exception) -> str:

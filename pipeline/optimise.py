@@ -43,17 +43,27 @@ def learning_rate_at(step: int, *, steps_an_epoch: int, config: TrainConfig) -> 
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-@torch.no_grad()
-def average_weights(mean: nn.Module, now: nn.Module, *, step: int, decay: float) -> None:
-    """Exponential moving average of the weights; at first over a shorter time, as the first weights are noise."""
-    decay = min(decay, (1 + step) / (10 + step))
-    pairs = list(zip(mean.state_dict().values(), now.state_dict().values(), strict=True))
-    floating = [pair for pair in pairs if pair[0].dtype.is_floating_point]
-    # one kernel for all of them: an EfficientNet has hundreds, and each launch would cost a GPU more than its arithmetic
-    torch._foreach_lerp_([old for old, _ in floating], [new for _, new in floating], 1 - decay)
-    for old, new in pairs:
-        if not old.dtype.is_floating_point:
-            old.copy_(new)
+class MovingAverage:
+    """Exponential moving average of a network's weights, kept in another network.
+
+    Args:
+        mean: the network that holds it; its tensors stay the same ones.
+        now: the network that learns.
+    """
+
+    def __init__(self, mean: nn.Module, now: nn.Module) -> None:
+        pairs = list(zip(mean.state_dict().values(), now.state_dict().values(), strict=True))
+        self.floats = [pair for pair in pairs if pair[0].dtype.is_floating_point]
+        self.counters = [pair for pair in pairs if not pair[0].dtype.is_floating_point]
+
+    @torch.no_grad()
+    def update(self, *, step: int, decay: float) -> None:
+        """Move towards the weights as they are; at first faster, as the first weights are noise."""
+        decay = min(decay, (1 + step) / (10 + step))
+        # one kernel for all of them: an EfficientNet has hundreds, and each launch would cost a GPU more than its arithmetic
+        torch._foreach_lerp_([mean for mean, _ in self.floats], [now for _, now in self.floats], 1 - decay)
+        if self.counters:
+            torch._foreach_copy_([mean for mean, _ in self.counters], [now for _, now in self.counters])
 
 
 def draw_mixup(alpha: float, *, seed: int, epoch: int, batch: int) -> float:

@@ -44,11 +44,6 @@ class Processes:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.count > 1:
-            dist.barrier()
-
     def wrap(self, network: nn.Module, device: torch.device) -> nn.Module:
         """The network with gradients averaged over the processes."""
         if self.count == 1:
@@ -81,7 +76,7 @@ class Processes:
         return held
 
     def gather_rows(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Rows of each process's tensor, one process after another.
+        """Rows of each process's tensor, one process after another, in the first; the others keep their own.
 
         Args:
             rows: [row, ...] on the CPU.
@@ -89,9 +84,18 @@ class Processes:
         """
         if self.count == 1:
             return rows
-        parts = [rows.new_empty((count, *rows.shape[1:])) for count in counts]
-        for rank, part in enumerate(parts):
-            if rank == self.rank:
-                part.copy_(rows)
-            dist.broadcast(part, src=rank)
-        return torch.cat(parts)
+        if not self.is_first:
+            dist.send(rows.contiguous(), dst=0)
+            return rows
+        whole = rows.new_empty((sum(counts), *rows.shape[1:]))
+        parts = list(whole.split(counts))
+        parts[0].copy_(rows)
+        for rank, part in enumerate(parts[1:], start=1):
+            dist.recv(part, src=rank)
+        return whole
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """The first one's buffers for all: where norms are not synchronised, each has counted its own slices."""
+        if self.count > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, src=0)

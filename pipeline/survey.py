@@ -15,6 +15,17 @@ from pipeline.store import Store
 SAMPLE = 256
 """Slices read, evenly spread, for the window statistics: a store of 30 GB is described in under a second."""
 
+SCOPE = {
+    "row_spacing_mm": "distance between rows",
+    "column_spacing_mm": "distance between columns",
+    "slice_spacing_mm": "distance between slices",
+    "thickness_mm": "slice thickness",
+}
+"""Arrays of the store whose range a new study must lie in, and what they are."""
+
+RARE = 0.005
+"""Share of the training studies at either end that does not count: one odd study must not open the door to all like it."""
+
 
 def survey(store: Store) -> dict[str, Any]:
     """Describe a store: sizes, labels, windows, accounting."""
@@ -91,3 +102,18 @@ def discard_shards(store: Store, study: int, folders: list[Path]) -> int:
                 path.unlink()
                 removed += 1
     return removed
+
+
+def find_crop(store: Store) -> str:
+    """`none` if every study shows all of its field of view, which is a square about its centre; else `head`."""
+    box_mm = store.per_study["box_mm"]
+    return "none" if (box_mm[:, :2] == -box_mm[:, 2:] / 2).all() else "head"
+
+
+def measure_scope(store: Store) -> dict[str, list[float] | None]:
+    """Lowest and highest of each of `SCOPE` over the store's studies, without the rarest; None where no study tells."""
+    scope: dict[str, list[float] | None] = {}
+    for name in SCOPE:
+        told = store.per_study[name][np.isfinite(store.per_study[name])]
+        scope[name] = np.quantile(told, [RARE, 1 - RARE]).astype(float).tolist() if len(told) else None
+    return scope

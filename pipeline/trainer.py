@@ -32,7 +32,7 @@ from pipeline.live import Live
 from pipeline.loader import Batch, Loader, SliceDataset, epoch_order, name_batches
 from pipeline.loss import METRIC, hemorrhage_loss
 from pipeline.model import build_model
-from pipeline.optimise import average_weights, draw_mixup, learning_rate_at, make_optimizer, mix
+from pipeline.optimise import MovingAverage, draw_mixup, learning_rate_at, make_optimizer, mix
 from pipeline.parts import HELD_OUT, TRAINING, VALIDATION, FoldSlices
 from pipeline.processes import Processes
 from pipeline.progress import Progress
@@ -108,10 +108,14 @@ class Trainer:
         # channels_last: the store's own order of bytes, and what convolutions on CPUs and tensor cores want.
         self.network = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = copy.deepcopy(self.network).eval()
-        forward: Any = torch.compile(self.network) if config.compile else self.network
+        # not dynamic: else an epoch's short last batch would slow every batch after it
+        forward: Any = torch.compile(self.network, dynamic=False) if config.compile else self.network
         self.forward = processes.wrap(forward, self.device)
-        self.best: Weights = {}
-        self.snapshots: list[Weights] = []
+        self.average = MovingAverage(self.averaged, self.network)
+        self.newest: list[Weights] = []
+        """Of the last epochs, as many as `snapshots`."""
+        self.members: list[Weights] = []
+        """Those of them when the best epoch had ended, the best last: whose predictions are averaged."""
         self.optimizer = make_optimizer(self.network, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision is torch.float16)
         self.grad_norm = torch.zeros((), device=self.device)
@@ -140,11 +144,6 @@ class Trainer:
         finally:
             training.close()
             watching.close()
-
-    @property
-    def members(self) -> list[Weights]:
-        """The weights whose predictions are averaged, the newest last."""
-        return self.snapshots if self.config.snapshots > 1 else [self.best]
 
     @property
     def _name(self) -> str:
@@ -206,7 +205,7 @@ class Trainer:
         self.since_s = time.monotonic()
         for batch in self._waited_for(to_device(training.batches(names), self.device)):
             numbers = order[state.batch * config.batch_size : (state.batch + 1) * config.batch_size]
-            pending.append(self._train_batch(batch, self.labels_NL[numbers]).detach())
+            pending.append(self._train_batch(batch, self.labels_NL[self._of_step(order, state.batch)]).detach())
             state.batch += 1
             # Between two steps of the optimiser there are gradients that a checkpoint does not hold.
             is_due = self.device.type == "cpu" or len(pending) >= LOOK_EVERY or state.batch == self.batches
@@ -230,12 +229,27 @@ class Trainer:
         valid = f", valid {state.history[-1]['valid_loss']:.4f}" if state.history else ""
         return f"epoch {state.epoch + 1}/{self.config.epochs}, loss {self.mean_loss:.4f}{valid}"
 
+    def _of_step(self, order: npt.NDArray[np.int64], batch: int) -> npt.NDArray[np.int64]:
+        """The slices of all batches between two steps of the optimiser, this batch among them."""
+        size = self.config.batch_size * self.config.accumulate
+        first = batch // self.config.accumulate * size
+        return order[first : first + size]
+
     def _train_batch(self, batch: Batch, whole_NL: npt.NDArray[np.int8]) -> Tensor:
         """One batch, or this process's share of it; the optimiser steps after every `accumulate` of them, and after the last
-        of an epoch."""
+        of an epoch.
+
+        Args:
+            batch: on the device.
+            whole_NL: the labels of all slices of the step, all processes' together.
+
+        Returns:
+            The batch's share of the step's loss.
+        """
         state, config, labels_NL = self.state, self.config, batch.labels_NL
         kept = draw_mixup(config.mixup, seed=config.seed, epoch=state.epoch, batch=state.batch)
-        whole = torch.from_numpy(whole_NL) if self.processes.count > 1 else None
+        is_shared = self.processes.count > 1 or config.accumulate > 1
+        whole = torch.from_numpy(whole_NL) if is_shared else None
         ends_step = self._ends_step(state.batch + 1)
         with nullcontext() if ends_step or self.processes.count == 1 else self.forward.no_sync():  # type: ignore[operator]
             with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
@@ -245,7 +259,7 @@ class Trainer:
                 other = hemorrhage_loss(logits_NL, labels_NL.flip(0), config.loss, whole_NL=whole)
                 loss = kept * loss + (1 - kept) * other
             # the processes' gradients are averaged, and their shares of the loss add up
-            self.scaler.scale(loss * (self.processes.count / config.accumulate)).backward()
+            self.scaler.scale(loss * self.processes.count).backward()
         if ends_step:
             self._step()
         return loss
@@ -265,7 +279,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        average_weights(self.averaged, self.network, step=state.step, decay=config.ema_decay)
+        self.average.update(step=state.step, decay=config.ema_decay)
 
     def _look(self, order: npt.NDArray[np.int64], pending: list[Tensor]) -> None:
         """Take the losses of the batches since the last look off the device; stop at a bad one; save now and then."""
@@ -286,7 +300,7 @@ class Trainer:
                 raise self._diverged("loss", loss, number, numbers)
             if is_last and not math.isfinite(norm_value):
                 raise self._diverged("gradient", norm_value, number, numbers)
-            state.loss_sum += loss * len(numbers)
+            state.loss_sum += loss * len(self._of_step(order, number))
             state.loss_count += len(numbers)
         self.mean_loss = state.loss_sum / state.loss_count
         state.epoch_seconds += now_s - self.since_s
@@ -313,7 +327,7 @@ class Trainer:
         }
 
     def see(self, loader: Loader, total: int, *, with_features: bool = False, progress: Progress | None = None) -> Seen:
-        """What the averaged network says of all processes' slices together; `loader` is of this one's share."""
+        """What the averaged network says of slices: of all processes' in the first, of its own share in any other."""
         names = name_batches(np.arange(len(loader.dataset)), batch_size=self.config.batch_size)
         batches = loader.batches(names)
         if progress:
@@ -331,7 +345,7 @@ class Trainer:
         return Seen(*parts) if with_features else Seen(next(parts), seen.features_NF)
 
     def see_slices(self, slices: Slices, *, with_features: bool = False) -> Seen:
-        """What the network says of slices, for good: the mean logits of all members, and the newest one's features."""
+        """What the network says of slices, for good: the mean logits of all members, and the best one's features."""
         share = self._share(slices)
         loader = Loader(self._dataset(share), workers=self.config.loader_workers, pin=self.device.type == "cuda")
         what = f"predict fold {self.identity['fold']}"
@@ -346,12 +360,21 @@ class Trainer:
             loader.close()
         return seen._replace(logits_NL=np.mean(logits, axis=0, dtype=np.float32))
 
-    def _end_epoch(self, watching: Loader) -> None:
-        state, valid = self.state, self.slices.validation
-        started_s = time.monotonic()
+    def _validate(self, watching: Loader) -> float:
+        """The challenge's metric on the patients that decide when to stop; one figure for all processes."""
+        valid = self.slices.validation
         seen = self.see(watching, len(valid))
+        if not self.processes.is_first:
+            return float(self.processes.share_from_first(None))
         labels_NL = torch.from_numpy(self.store.labels[valid[:, 0], valid[:, 1]])
-        valid_loss = hemorrhage_loss(torch.from_numpy(seen.logits_NL), labels_NL, METRIC).item()
+        loss = hemorrhage_loss(torch.from_numpy(seen.logits_NL), labels_NL, METRIC).item()
+        return float(self.processes.share_from_first(loss))
+
+    def _end_epoch(self, watching: Loader) -> None:
+        state = self.state
+        started_s = time.monotonic()
+        self.processes.share_buffers(self.averaged)
+        valid_loss = self._validate(watching)
         if not math.isfinite(valid_loss):
             raise IchorError(f"train: the validation loss became {valid_loss} in epoch {state.epoch + 1}; {WAY_OUT}")
         state.seconds += state.epoch_seconds + time.monotonic() - started_s
@@ -361,10 +384,9 @@ class Trainer:
         if self.live:
             self.live.log(state.step, "epoch", **figures)
         weights = {name: value.detach().cpu().clone() for name, value in self.averaged.state_dict().items()}
+        self.newest = [*self.newest, weights][-self.config.snapshots :]
         if valid_loss < state.best_loss:
-            state.best_loss, state.best_epoch, self.best = valid_loss, state.epoch, weights
-        if self.config.snapshots > 1:
-            self.snapshots = [*self.snapshots, weights][-self.config.snapshots :]
+            state.best_loss, state.best_epoch, self.members = valid_loss, state.epoch, list(self.newest)
         state.epoch += 1
         state.batch, state.loss_sum, state.loss_count = 0, 0.0, 0
         state.epoch_seconds = state.wait_seconds = 0.0
@@ -391,8 +413,8 @@ class Trainer:
                 "state": {**self.state.__dict__, "history": list(self.state.history)},
                 "network": self.network.state_dict(),
                 "averaged": self.averaged.state_dict(),
-                "best": self.best,
-                "snapshots": self.snapshots,
+                "newest": self.newest,
+                "members": self.members,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "rng": rngs,
@@ -410,10 +432,13 @@ class Trainer:
         self.state = RunState(**content["state"])
         self.network.load_state_dict(content["network"])
         self.averaged.load_state_dict(content["averaged"])
-        self.best, self.snapshots = content["best"], content["snapshots"]
+        self.newest, self.members = content["newest"], content["members"]
         self.optimizer.load_state_dict(content["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.device.type == "cuda"  # whatever it was where the checkpoint was made
         self.scaler.load_state_dict(content["scaler"])
-        torch.set_num_threads(content["threads"])  # the number of threads changes the order of sums, so the weights
+        if len(content["rng"]) == self.processes.count:
+            torch.set_num_threads(content["threads"])  # the number of threads changes the order of sums, so the weights
         if self.processes.rank < len(content["rng"]):
             rng = content["rng"][self.processes.rank]
             torch.set_rng_state(rng["cpu"])

@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.all:
             for lock in (wip / "train").glob("fold-*.lock"):
                 locks.enter_context(only_one(lock, "training"))
-            folders += [*wip.glob("phantom-*"), *(wip / "train").glob("fold-*-*")]
+            folders += [*wip.glob("phantom-*"), *(path for path in (wip / "train").glob("fold-*") if path.is_dir())]
         for folder in folders:
             freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             remove_folder(folder)

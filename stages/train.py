@@ -6,16 +6,17 @@ in <data>/live. On several GPUs: torchrun --nproc-per-node 4 -m stages.train.
 """
 
 import argparse
+from contextlib import nullcontext
 
-import torch
-
+from pipeline.checkpoint import MODEL_FORMAT, write_tensors
 from pipeline.config import load_config
-from pipeline.errors import ConfigError
-from pipeline.files import only_one, remove_folder, write_bytes, write_json, write_parquet, written_whole
+from pipeline.errors import ConfigError, IchorError
+from pipeline.files import only_one, remove_folder, write_bytes, write_json, write_parquet
 from pipeline.fold import FoldResult, train_fold
 from pipeline.folds import read_folds
 from pipeline.processes import Processes
 from pipeline.store import Store
+from pipeline.survey import find_crop, measure_scope
 from stages.common import door
 
 
@@ -33,41 +34,53 @@ def main(arguments: argparse.Namespace) -> None:
         )
     wip = arguments.data / "wip" / "train"
     processes = Processes.join()
-    for fold in config.train.folds if arguments.fold is None else [arguments.fold]:
-        # each host's first process holds the lock; the others share its work
-        name = f"fold-{fold}" if processes.is_first else f"fold-{fold}.{processes.rank}"
-        with only_one(wip / f"{name}.lock", f"training of fold {fold}"):
-            live = arguments.data / "live"
-            result = train_fold(config, store, fold, table, wip=wip, processes=processes, live=live)
-            if result is not None:
-                _write(arguments, store, fold, result)
-    processes.leave()
+    try:
+        for fold in config.train.folds if arguments.fold is None else [arguments.fold]:
+            # the first process holds the lock; the others share its work
+            with (
+                only_one(wip / f"fold-{fold}.lock", f"training of fold {fold}") if processes.is_first else nullcontext()
+            ):
+                live = arguments.data / "live"
+                result = train_fold(config, store, fold, table, wip=wip, processes=processes, live=live)
+                if result is not None:
+                    _write(arguments, store, fold, result)
+    except RuntimeError as error:
+        if processes.count == 1:
+            raise
+        raise IchorError(
+            f"process {processes.rank + 1} of {processes.count} lost the others ({str(error).splitlines()[0][:160]}); the first error "
+            f"above says why"
+        ) from None
+    finally:
+        processes.leave()
 
 
 def _write(arguments: argparse.Namespace, store: Store, fold: int, result: FoldResult) -> None:
     folder = arguments.data / "train" / f"fold-{fold}"
-    with written_whole(folder / "model.pt") as temporary:
-        torch.save(
-            {
-                "members": result.members,
-                "sequence": result.sequence.weights if result.sequence else None,
-                "windows": {name: window.model_dump() for name, window in store.windows.items()},
-                "image_size": store.image_size,
-                **result.summary,
-            },
-            temporary,
-        )
+    content = {
+        **result.summary,  # first: its own `sequence` is no weights
+        "format": MODEL_FORMAT,
+        "members": result.members,
+        "sequence": result.sequence.weights if result.sequence else None,
+        "windows": {name: window.model_dump() for name, window in store.windows.items()},
+        "image_size": store.image_size,
+        "crop": find_crop(store),
+        "scope": measure_scope(store),
+    }
+    write_tensors(folder / "model.pt", content)
     write_parquet(folder / "predictions.parquet", result.predictions)
     write_parquet(folder / "unlabelled.parquet", result.unlabelled)
     write_bytes(folder / "history.csv", result.history.to_csv(index=False).encode())
     write_json(folder / "summary.json", result.summary)
-    for checkpoints in (arguments.data / "wip" / "train").glob(f"fold-{fold}-*"):
-        remove_folder(checkpoints)  # the fold is done; training it again shall mean training
+    # it is done; training it again shall mean training
+    remove_folder(arguments.data / "wip" / "train" / f"fold-{fold}")
     summary = result.summary
+    pace = result.history.iloc[-1]
     sequence = f", with the sequence model {result.sequence.best_loss:.4f}" if result.sequence else ""
     print(
         f"fold {fold}: best epoch {summary['best_epoch']} of {summary['epochs']}, validation loss "
-        f"{summary['best_valid_loss']:.4f}{sequence}, {summary['seconds']:.0f} s; {folder}"
+        f"{summary['best_valid_loss']:.4f}{sequence}, {summary['seconds']:.0f} s, {pace['slices_per_s']:.0f} slices/s, "
+        f"{pace['wait_share']:.1%} of it waiting for data; {folder}"
     )
 
 

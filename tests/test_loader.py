@@ -229,7 +229,7 @@ def test_killed_worker_is_said_to_have_been_killed(store: Store, load: Callable[
     batches = loader.batches(name_batches(np.arange(12).repeat(20), batch_size=1))
     next(batches)
     os.kill(worker_pids(loader)[0], signal.SIGKILL)
-    with pytest.raises(IchorError, match=r"ended from outside.*/dev/shm"):
+    with pytest.raises(IchorError, match=r"cannot go on.*/dev/shm"):
         list(batches)
 
 

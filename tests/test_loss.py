@@ -108,6 +108,14 @@ def test_focal_loss_is_that_of_the_paper() -> None:
     assert ours.item() == pytest.approx(np.average(by_hand, weights=LABEL_WEIGHTS), abs=1e-6)
 
 
+def test_gradient_of_any_gamma_is_a_number_however_sure_the_network() -> None:
+    logits = torch.tensor([[120.0, -120, 20, -20, 0, 120]]).requires_grad_()
+    labels = torch.tensor([[1, 0, 1, 0, 1, -1]])
+    hemorrhage_loss(logits, labels, METRIC.model_copy(update={"focal_gamma": 0.5})).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
 def test_smoothed_labels_make_certainty_costly() -> None:
     _, labels = draw()
     sure = torch.where(labels == 1, 30.0, -30.0)

@@ -246,6 +246,14 @@ def test_dvc_lists_every_parameter_that_shapes_the_weights() -> None:
     assert "folds" in listed
 
 
+def test_what_decides_the_weights_is_known_to_dvc_and_to_checkpoints() -> None:
+    from pipeline.fold import SHAPING
+
+    listed = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]["deps"]
+    code = {name for name in listed if name.startswith("pipeline/")}
+    assert code == {f"{module.__name__.replace('.', '/')}.py" for module in SHAPING} | {"pipeline/fold.py"}
+
+
 def test_ci_runs_what_the_readme_says() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
     readme = (ROOT / "README.md").read_text()

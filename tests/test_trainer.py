@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import torch
 
 import pipeline.trainer
 from pipeline.augment import build_augment
-from pipeline.checkpoint import load_newest, save_checkpoint
+from pipeline.checkpoint import load_newest, save_checkpoint, write_tensors
 from pipeline.config import Config, load_config
 from pipeline.device import choose_device
 from pipeline.errors import CheckpointError, ConfigError, IchorError
@@ -31,7 +32,7 @@ from pipeline.inference import predict, to_device
 from pipeline.labels import LABELS
 from pipeline.loader import Loader, SliceDataset, name_batches
 from pipeline.model import build_model
-from pipeline.optimise import average_weights, draw_mixup, learning_rate_at, make_optimizer, mix
+from pipeline.optimise import MovingAverage, draw_mixup, learning_rate_at, make_optimizer, mix
 from pipeline.parts import split_slices
 from pipeline.store import Store
 from pipeline.trainer import Trainer
@@ -44,6 +45,7 @@ SMALL: dict[str, Any] = {
     "train__batch_size": 8,
     "train__neighbours": 1,
     "train__checkpoint_seconds": 1000,
+    "train__sequence__kind": "none",
     "train__validation_fraction": 0.25,
 }
 
@@ -158,10 +160,10 @@ def run_and_kill(params: str, data: str, folder: str, kills: int) -> None:
     rounds = 0
     while kills:
         wip = Path(folder, f"wip-{rounds}")
-        before = set(wip.glob("fold-0-*/step-*.pt"))
+        before = set(wip.glob("fold-0/step-*.pt"))
         child = start(wip, Path(folder, f"killed-{rounds}.pt"))
         # however loaded the machine, every run gets somewhere: its first checkpoint, and then any moment up to the next ones
-        while not (has_ended := os.waitpid(child, os.WNOHANG)[0]) and set(wip.glob("fold-0-*/step-*.pt")) <= before:
+        while not (has_ended := os.waitpid(child, os.WNOHANG)[0]) and set(wip.glob("fold-0/step-*.pt")) <= before:
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.3))
         if has_ended or os.waitpid(child, os.WNOHANG)[0]:
@@ -170,7 +172,7 @@ def run_and_kill(params: str, data: str, folder: str, kills: int) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         kills -= 1
-        for kept in Path(folder, f"wip-{rounds}").glob("fold-0-*/step-*.pt"):
+        for kept in Path(folder, f"wip-{rounds}").glob("fold-0/step-*.pt"):
             positions.append(int(kept.stem.removeprefix("step-")))
     os.waitpid(start(Path(folder, f"wip-{rounds}"), Path(folder, f"killed-{rounds}.pt")), 0)
     Path(folder, "positions.json").write_text(json.dumps(positions))
@@ -275,7 +277,7 @@ def test_checkpoint_of_other_parameters_is_refused_by_name(tmp_path: Path) -> No
 
 def test_checkpoint_holds_all_that_a_run_goes_on_from(config: Config, store: Store, tmp_path: Path) -> None:
     train(config, store, tmp_path)
-    (folder,) = tmp_path.glob("fold-0-*")
+    (folder,) = tmp_path.glob("fold-0")
     kept = load_newest(folder, {})  # by weights_only=True
     assert kept is not None
     assert {"identity", "state", "network", "averaged", "optimizer", "scaler", "rng", "threads"} <= kept.keys()
@@ -485,6 +487,7 @@ def test_moving_average_is_that_of_torch() -> None:
     network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     ours = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     ours.load_state_dict(network.state_dict())
+    average = MovingAverage(ours, network)
     theirs = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     theirs.update_parameters(network)  # the first only copies
     for step in range(1000, 1005):
@@ -492,7 +495,7 @@ def test_moving_average_is_that_of_torch() -> None:
             for parameter in network.parameters():
                 parameter.add_(torch.randn_like(parameter))
         network(torch.randn(4, 3))
-        average_weights(ours, network, step=step, decay=0.9)
+        average.update(step=step, decay=0.9)
         theirs.update_parameters(network)
     for name, value in ours.state_dict().items():
         if value.dtype.is_floating_point:
@@ -522,6 +525,31 @@ def test_mixup_keeps_at_least_half_and_is_a_function_of_its_place() -> None:
     torch.testing.assert_close(mixed[1], slices[1])
 
 
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulated_batches_step_as_one_does(
+    config: Config, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    monkeypatch.setattr(SliceDataset, "__getitem__", _unchanged(SliceDataset.__getitem__))
+    plain = change(config, dropout=0.0, batch_size=16, epochs=2)
+    one = train(plain, store, tmp_path / "one")  # 30 slices: the last step is of 14
+    small = change(plain, batch_size=16 // accumulate, accumulate=accumulate)
+    other = train(small, store, tmp_path / "other")
+    for name, weight in one.members[0].items():
+        torch.testing.assert_close(weight, other.members[0][name], rtol=1e-3, atol=2e-4)
+    for column in ("train_loss", "valid_loss", "learning_rate"):
+        np.testing.assert_allclose(one.history[column], other.history[column], rtol=1e-4)
+
+
+def _unchanged(real: Any) -> Any:
+    """A dataset without random changes."""
+
+    def read(self: SliceDataset, name: Any) -> Any:
+        self._augment = None
+        return real(self, name)
+
+    return read
+
+
 # ---- what goes wrong
 
 
@@ -542,7 +570,7 @@ def test_loss_that_is_no_number_names_its_batch_and_keeps_the_checkpoint(
     learning = set(store.image_id[slices[:, 0], slices[:, 1]].tolist())
     assert len(named) == 6
     assert set(named) <= learning
-    (folder,) = tmp_path.glob("fold-0-*")
+    (folder,) = tmp_path.glob("fold-0")
     kept = load_newest(folder, {})
     assert kept is not None
     assert kept["state"]["epoch"] == 1
@@ -562,7 +590,7 @@ def test_gradient_that_is_no_number_stops_before_it_is_saved(
     monkeypatch.setattr(Trainer, "_step", spoil)
     with pytest.raises(IchorError, match=r"the gradient became (inf|nan) in epoch 2 at batch 2 of 4"):
         train(change(config, checkpoint_seconds=1e-9), store, tmp_path)
-    (folder,) = tmp_path.glob("fold-0-*")
+    (folder,) = tmp_path.glob("fold-0")
     kept = load_newest(folder, {})
     assert kept is not None
     assert kept["state"]["step"] == 5
@@ -578,6 +606,49 @@ def test_full_memory_says_which_parameters_to_lower(
     monkeypatch.setattr(Trainer, "_train_batch", full)
     with pytest.raises(IchorError, match=r"memory is full \(CUDA out of memory.*Lower train\.batch_size \(now 8;"):
         train(config, store, tmp_path)
+
+
+def test_weights_that_know_the_held_out_patients_are_refused(config: Config, store: Store, tmp_path: Path) -> None:
+    short = change(config, epochs=1)
+    result = train(short, store, tmp_path, fold=1)
+    path = tmp_path / "model.pt"
+    write_tensors(path, {"members": result.members, **result.summary})
+    with pytest.raises(ConfigError, match="a model of fold 1 of this very store has learnt from patients whom fold 0"):
+        train(change(short, pretrained=str(path)), store, tmp_path / "leak", fold=0)
+    again = train(change(short, pretrained=str(path)), store, tmp_path / "again", fold=1)
+    assert again.summary["params"]["pretrained"] == str(path)
+    write_tensors(path, {"members": result.members, **result.summary, "store_digest": "another"})
+    train(change(short, pretrained=str(path)), store, tmp_path / "other", fold=0)
+
+
+def test_unfinished_run_of_other_parameters_is_refused_by_name(config: Config, store: Store, tmp_path: Path) -> None:
+    train(change(config, epochs=1), store, tmp_path)
+    with pytest.raises(CheckpointError, match=r"params\.weight_decay = 0\.02, this run has 0\.5"):
+        train(change(config, epochs=1, weight_decay=0.5), store, tmp_path)
+
+
+def test_full_disk_is_said_in_words(tmp_path: Path) -> None:
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    script = (
+        "import sys, torch, pathlib, pipeline.files as files\n"
+        "files.is_disk_full = lambda error: True\n"  # at the limit of a file's size, instead of the disk's
+        "from pipeline.checkpoint import save_checkpoint\n"
+        "try:\n    save_checkpoint(pathlib.Path(sys.argv[1]), 1, {'weights': torch.zeros(9999)})\n"
+        "except files.IchorError as error:\n    print('said:', error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=ROOT,
+        preexec_fn=limited,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.startswith("said:"), done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_store_without_labels_is_refused(cohort: Cohort, run_stage: Callable[..., Any]) -> None:
