@@ -1,17 +1,22 @@
-"""The counting classifier: how many pixels of fresh blood's density, 50 to 90 HU, lie inside the skull of a slice.
+"""What a network must beat: counting bright pixels, and never looking at a pixel at all.
 
-What a network must beat to have learnt more than brightness. Counted on the stored, windowed pixels, thus on the very
-slices that the network saw; 0.1 ms a slice of 128 × 128.
+The counting classifier: how many pixels of fresh blood's density, 50 to 90 HU, lie inside the skull of a slice. Counted on the
+stored, windowed pixels, thus on the very slices that the network saw; 0.1 ms a slice of 128 × 128.
+
+The header classifier: gradient boosting on how a study was stored and scanned, on the network's own folds. In RSNA's data the
+scanner tells much of the answer; a network may learn to read the scanner.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+from sklearn.ensemble import HistGradientBoostingClassifier
 
 from pipeline.config import Window
 
@@ -26,6 +31,27 @@ LEAST_BONE_HU = 150.0
 
 GAP = 1 / 18
 """Gaps in the skull to bridge (sutures, air cells, thin bone lost to resampling): 14 mm of a slice of 250."""
+
+
+HEADER_VALUES = (
+    "num_slices",
+    "rows",
+    "columns",
+    "row_spacing_mm",
+    "column_spacing_mm",
+    "slice_spacing_mm",
+    "thickness_mm",
+    "tilt_deg",
+    "bits_stored",
+    "signed",
+    "intercept",
+    "lowest_hu",
+)
+"""Of a study in the store: all that can be known without looking, but the lowest HU, which stands for the padding."""
+
+
+SMALLEST_LEAF = 20
+"""Studies in a leaf of the header classifier's trees (scikit-learn's own default): from fewer than twice as many it learns nothing."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +117,38 @@ def inside(bone: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     outside = cv2.dilate((thick == 2).astype(np.uint8), kernel)
     enclosed: npt.NDArray[np.bool_] = outside[width:-width, width:-width] == 0
     return enclosed & ~bone
+
+
+def header_features(per_study: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float64]:
+    """The header values that differ between studies at all: float64 [S, F], NaN where a header lacks one."""
+    columns = [np.asarray(per_study[name], np.float64) for name in HEADER_VALUES]
+    differing = [column for column in columns if len(np.unique(column)) > 1]  # NaNs count as one value
+    return np.stack(differing, axis=1) if differing else np.zeros((len(columns[0]), 0))
+
+
+def predict_from_headers(
+    features_SF: npt.NDArray[np.float64],
+    truth_S: npt.NDArray[np.int8],
+    *,
+    learn_S: npt.NDArray[np.bool_],
+    predict_S: npt.NDArray[np.bool_],
+) -> npt.NDArray[np.float64]:
+    """Learn one label from some studies' headers, and predict others.
+
+    Args:
+        features_SF: what `header_features` gives.
+        truth_S: 1 or 0, of the studies to learn from.
+        learn_S: which to learn from.
+        predict_S: which to predict.
+
+    Returns:
+        float64 [predicted]; everywhere the share of positives if there is nothing to learn.
+    """
+    truth = truth_S[learn_S] == 1
+    if not features_SF.shape[1] or len(truth) < 2 * SMALLEST_LEAF or not truth.any() or truth.all():
+        return np.full(int(predict_S.sum()), truth.mean() if len(truth) else 0.0)
+    model = HistGradientBoostingClassifier(
+        learning_rate=0.05, min_samples_leaf=SMALLEST_LEAF, early_stopping=False, random_state=0
+    )
+    model.fit(features_SF[learn_S], truth)
+    return np.asarray(model.predict_proba(features_SF[predict_S])[:, 1], np.float64)

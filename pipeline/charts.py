@@ -22,6 +22,19 @@ class Line:
     css_class: str
     name: str
     dots: bool = False
+    radius: npt.NDArray[Any] | None = None
+    """Of each dot, where they are not all alike."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """What lies between two lines over the same x, such as a mean less and plus a standard deviation."""
+
+    x: npt.NDArray[Any]
+    low: npt.NDArray[Any]
+    high: npt.NDArray[Any]
+    css_class: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,14 @@ class Axis:
 
 
 def chart(
-    lines: Sequence[Line], *, describe: str, x: Axis, y: Axis, size: tuple[int, int], diagonal: bool = False
+    lines: Sequence[Line],
+    *,
+    describe: str,
+    x: Axis,
+    y: Axis,
+    size: tuple[int, int],
+    diagonal: bool = False,
+    bands: Sequence[Band] = (),
 ) -> str:
     """Draw a line chart.
 
@@ -51,10 +71,12 @@ def chart(
         x: the horizontal axis.
         y: the vertical axis.
         size: width and height in the units that text is measured in.
-        diagonal: draw the line from corner to corner, which on a ROC plot is chance.
+        diagonal: draw the line from corner to corner: chance on a ROC plot, perfection on a reliability diagram.
+        bands: areas, below all lines.
     """
     frame = _Frame(x, y, *size)
     body = [*frame.grid(), *([frame.line(x.low, y.low, x.high, y.high, "chance")] if diagonal else [])]
+    body += [_fill(band, frame) for band in bands]
     body += [part for line in lines for part in _draw(line, frame)]
     return (
         f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(describe)}" class="chart">'
@@ -120,9 +142,22 @@ class _Frame:
         ]
 
 
+def _fill(band: Band, frame: _Frame) -> str:
+    there = [frame.at(float(x), float(y)) for x, y in zip(band.x, band.high, strict=True)]
+    back = [frame.at(float(x), float(y)) for x, y in zip(band.x[::-1], band.low[::-1], strict=True)]
+    points = " ".join(f"{across:.1f},{down:.1f}" for across, down in there + back)
+    return f'<polygon class="{band.css_class}" points="{points}"><title>{escape(band.name)}</title></polygon>'
+
+
 def _draw(line: Line, frame: _Frame) -> list[str]:
     places = [frame.at(float(x), float(y)) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(float(y))]
     points = " ".join(f"{across:.1f},{down:.1f}" for across, down in places)
     title = f"<title>{escape(line.name)}</title>"
-    dots = [f'<circle class="{line.css_class}" cx="{across:.1f}" cy="{down:.1f}" r="2.2"/>' for across, down in places]
-    return [f'<polyline class="{line.css_class}" points="{points}">{title}</polyline>', *(dots if line.dots else [])]
+    parts = [f'<polyline class="{line.css_class}" points="{points}">{title}</polyline>']
+    if line.dots:
+        radii = [2.2] * len(places) if line.radius is None else line.radius
+        parts += [
+            f'<circle class="{line.css_class}" cx="{across:.1f}" cy="{down:.1f}" r="{radius:.1f}"/>'
+            for (across, down), radius in zip(places, radii, strict=True)
+        ]
+    return parts

@@ -223,6 +223,14 @@ class TrainConfig(Section):
         return self.model_dump(exclude={"folds", "device", "loader_workers", "checkpoint_seconds"})
 
 
+class EvaluateConfig(Section):
+    """How scores are given."""
+
+    prevalence: Annotated[float, Field(gt=0, lt=1)]
+    bootstrap: Annotated[int, Field(ge=100, le=100_000)]
+    seed: Natural
+
+
 class Config(Section):
     """All of `params.yaml`."""
 
@@ -232,6 +240,7 @@ class Config(Section):
     preprocess: PreprocessConfig
     folds: FoldsConfig
     train: TrainConfig
+    evaluate: EvaluateConfig
 
     @model_validator(mode="after")
     def _folds_exist(self) -> Config:

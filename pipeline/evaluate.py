@@ -17,16 +17,52 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pipeline.baseline import counter_for
+from pipeline.baseline import counter_for, header_features, predict_from_headers
+from pipeline.bootstrap import Floats, Ranked, Statistic, interval, resample
+from pipeline.calibration import Reliability
 from pipeline.config import Config, differences
 from pipeline.errors import CheckpointError, StoreError
 from pipeline.gallery import Picture, choose_slices, make_picture, show_window
 from pipeline.labels import ANY, LABELS, UNKNOWN
-from pipeline.metrics import Curve, Scored, roc_curves, score, score_counting, thin, to_studies
+from pipeline.metrics import (
+    Curve,
+    Judged,
+    PrecisionRecall,
+    Scored,
+    auc,
+    judge,
+    log_loss,
+    number_patients,
+    precision_recall_curves,
+    reliabilities,
+    roc_curves,
+    score,
+    score_counting,
+    score_stratum,
+    statistics,
+    thin,
+    to_studies,
+    weighted_log_loss,
+    with_intervals,
+)
 from pipeline.progress import Progress
 from pipeline.store import Store
 
 COLUMNS = ["image_id", "study_uid", "fold", *LABELS]
+
+PADDED_HU = -1100.0
+"""Studies whose lowest HU lies below are padded around the circle that was scanned; air is −1000."""
+
+STEPS = {
+    "tilt_deg": ("gantry tilt", (1, 15), "°"),
+    "slice_spacing_mm": ("distance between slices", (3, 6), " mm"),
+    "thickness_mm": ("slice thickness", (3, 6), " mm"),
+    "num_slices": ("slices in the study", (30, 40), ""),
+}
+"""Of the strata: name, where one ends and the next begins, unit."""
+
+ALONE = "cnn_"
+"""Before the columns of what the CNN says alone, where a sequence model has the last word."""
 
 SUMMARY = {
     "fold", "store_digest", "params", "folds_params", "folds_digest", "epochs", "best_epoch", "best_valid_loss", "parameters", "device",
@@ -38,6 +74,15 @@ HISTORY = {"epoch", "train_loss", "valid_loss"}
 
 DECIMALS = 6
 """Of the figures in metrics.json: more than any cohort supports, few enough to read."""
+
+Drawn = dict[str, dict[str, Floats]]
+"""Figures by name, float64 [D] each, of each statistic."""
+
+Ranking = tuple[Scored, npt.NDArray[np.bool_], npt.NDArray[Any]]
+"""Rows, which of them, and what those are ranked by."""
+
+Strata = dict[str, dict[str, npt.NDArray[np.bool_]]]
+"""By name and part: which of the store's studies, bool [S]."""
 
 Slices = npt.NDArray[np.int64]
 """int64 [N, 2]: study number and slice number in the store."""
@@ -62,6 +107,9 @@ class Evaluation:
     metrics: dict[str, Any]
     curves: dict[str, list[Curve]]
     """By level: slice, study."""
+    precision_recall: dict[str, list[PrecisionRecall]]
+    reliability: dict[str, dict[str, tuple[Reliability, Reliability | None]]]
+    """By level and label: as predicted, and after temperature scaling."""
     folds: list[TrainedFold]
     pictures: list[Picture]
 
@@ -85,9 +133,35 @@ def evaluate(config: Config, store: Store, *, train: Path) -> Evaluation:
     _check_one_dealing(folds)
     slices, where_N2 = gather(store, folds)
     levels = {"slice": slices, "study": to_studies(slices)}
-    metrics = _metrics(levels, _count(store, slices, where_N2), config)
-    curves = {level: [thin(curve) for curve in roc_curves(scored)] for level, scored in levels.items()}
-    return Evaluation(rounded(metrics), curves, folds, _pictures(store, slices, where_N2))
+    judged = {level: judge(scored) for level, scored in levels.items()}
+    metrics = _score_all(config, store, levels, judged, where_N2)
+    if _have_alone(folds):
+        metrics["without_sequence"] = _headline_figures(gather(store, folds, prefix=ALONE)[0])
+    return Evaluation(
+        rounded(metrics),
+        {level: [thin(curve) for curve in roc_curves(scored)] for level, scored in levels.items()},
+        {level: precision_recall_curves(scored) for level, scored in levels.items()},
+        {level: reliabilities(found) for level, found in judged.items()},
+        folds,
+        _pictures(store, slices, where_N2),
+    )
+
+
+def _score_all(
+    config: Config, store: Store, levels: dict[str, Scored], judged: dict[str, list[Judged]], where_N2: Slices
+) -> dict[str, Any]:
+    """The network's scores, the baselines' and the strata's, all with intervals from the same draws."""
+    counts_N, detail = _count(store, where_N2)
+    headers_SL = _predict_from_headers(store, levels["study"])
+    strata = name_strata(store) | _header_thirds(store, levels["study"], headers_SL)
+    drawn = _draw(levels, judged, config, others=_others(levels, judged, counts_N, headers_SL, strata))
+    metrics = _metrics(levels, judged, drawn, config) | {
+        "counting": _counting(levels["slice"], counts_N, detail, drawn),
+        "headers": _score_headers(levels["study"], headers_SL, drawn),
+        "strata": _score_strata(levels["slice"], judged["slice"][ANY], strata, drawn),
+    }
+    metrics["headline"]["any_auc_above_counting"] = metrics["counting"]["any_auc_above_counting"]
+    return metrics
 
 
 def read_fold(folder: Path, fold: int, *, config: Config, store_digest: str) -> TrainedFold:
@@ -168,7 +242,8 @@ def _check_table(path: Path, table: pd.DataFrame, fold: int) -> None:
     missing = [column for column in COLUMNS if column not in table]
     if missing:
         raise CheckpointError(f"{path}: fold {fold} lacks the column(s) {', '.join(missing)}; train it again")
-    probabilities = table[list(LABELS)].to_numpy(np.float64)
+    alone = [column for column in table if column.startswith(ALONE)]
+    probabilities = table[[*LABELS, *alone]].to_numpy(np.float64)
     bad = int((~((probabilities >= 0) & (probabilities <= 1))).any(axis=1).sum())  # NaN is neither
     if bad:
         raise CheckpointError(f"{path}: fold {fold} has {bad} row(s) with no probability in 0 to 1; train it again")
@@ -177,13 +252,23 @@ def _check_table(path: Path, table: pd.DataFrame, fold: int) -> None:
         raise CheckpointError(f"{path}: expected fold {fold} only, found {found}; train fold {fold} again")
 
 
-def gather(store: Store, folds: Sequence[TrainedFold]) -> tuple[Scored, Slices]:
+def _have_alone(folds: Sequence[TrainedFold]) -> bool:
+    return all(ALONE + name in result.predictions for result in folds for name in LABELS)
+
+
+def gather(store: Store, folds: Sequence[TrainedFold], *, prefix: str = "") -> tuple[Scored, Slices]:
     """Put the folds' predictions beside the store's labels, in the store's order.
+
+    Args:
+        store: what the folds were trained on.
+        folds: what training left.
+        prefix: before the names of the columns with probabilities.
 
     Returns:
         The held-out slices, and which slice of the store each is.
     """
-    table = pd.concat([result.predictions[COLUMNS] for result in folds], ignore_index=True)
+    columns = [*COLUMNS[:3], *(prefix + name for name in LABELS)]
+    table = pd.concat([result.predictions[columns] for result in folds], ignore_index=True)
     twice = table[table["image_id"].duplicated()]
     if len(twice):
         raise CheckpointError(
@@ -198,7 +283,7 @@ def gather(store: Store, folds: Sequence[TrainedFold]) -> tuple[Scored, Slices]:
         raise StoreError(f"{store.path}: none of the {len(table):,} held-out slices has a label; set source.labels")
     scored = Scored(
         labels_NL,
-        table[list(LABELS)].to_numpy(np.float64),
+        table[columns[3:]].to_numpy(np.float64),
         where_N2[:, 0],
         store.patient_key[where_N2[:, 0]],
         table["fold"].to_numpy(np.int64),
@@ -219,21 +304,28 @@ def _locate(store: Store, table: pd.DataFrame) -> npt.NDArray[np.int64]:
     return np.asarray(number_N, np.int64)
 
 
-def _count(store: Store, slices: Scored, where_N2: Slices) -> dict[str, Any]:
+def _count(store: Store, where_N2: Slices) -> tuple[npt.NDArray[np.int64] | None, str]:
+    """Bright pixels of each slice, int64 [N], and the window they lie in; or None and the reason."""
     counter, detail = counter_for(store.windows)
     if counter is None:
-        return {"any_auc": None, "any_auc_above_counting": None, "reason": detail}
+        return None, detail
     counts_N = np.zeros(len(where_N2), np.int64)
     with Progress(len(where_N2), what="count", unit="slices") as progress:
         for row, (study, slice_number) in enumerate(where_N2):
             counts_N[row] = counter.count(store.reader.read(int(study), int(slice_number)))
             progress.advance()
-    return {**score_counting(slices, counts_N), "window": detail}
+    return counts_N, detail
 
 
-def _metrics(levels: dict[str, Scored], counting: dict[str, Any], config: Config) -> dict[str, Any]:
+def _metrics(
+    levels: dict[str, Scored], judged: dict[str, list[Judged]], drawn: Drawn, config: Config
+) -> dict[str, Any]:
     slices = levels["slice"]
-    scores = {level: score(scored) for level, scored in levels.items()}
+    prevalence = config.evaluate.prevalence
+    scores = {
+        level: with_intervals(score(scored, judged[level], prevalence=prevalence), _of_level(drawn, level))
+        for level, scored in levels.items()
+    }
     several = len(config.train.folds) > 1
     return {
         "headline": {
@@ -242,7 +334,6 @@ def _metrics(levels: dict[str, Scored], counting: dict[str, Any], config: Config
             "slice_macro_auc": scores["slice"]["macro"]["auc"],
             "weighted_log_loss": scores["slice"]["weighted_log_loss"],
             "base_rate_weighted_log_loss": scores["slice"]["base_rate_weighted_log_loss"],
-            "any_auc_above_counting": counting["any_auc_above_counting"],
         },
         "held_out": {
             "folds": sorted(config.train.folds),
@@ -252,10 +343,163 @@ def _metrics(levels: dict[str, Scored], counting: dict[str, Any], config: Config
             "studies": len(levels["study"]),
             "patients": len(np.unique(slices.patient_N.astype(str))),
             "thresholds_chosen_on": "the other folds" if several else "the other half of the patients",
+            "prevalence": prevalence,
+            "resamples": config.evaluate.bootstrap,
         },
-        "counting": counting,
         **scores,
     }
+
+
+def _headline_figures(slices: Scored) -> dict[str, Any]:
+    """The headline's figures of another's predictions for the same slices."""
+    macro = [found for label in range(len(LABELS)) if (found := auc(*slices.of(label)[1:])) is not None]
+    return {
+        "slice_any_auc": auc(*slices.of(ANY)[1:]),
+        "study_any_auc": auc(*to_studies(slices).of(ANY)[1:]),
+        "slice_macro_auc": float(np.mean(macro)) if macro else None,
+        "weighted_log_loss": weighted_log_loss(slices.labels_NL, slices.probabilities_NL),
+    }
+
+
+def _draw(
+    levels: dict[str, Scored], judged: dict[str, list[Judged]], config: Config, *, others: dict[str, Ranking]
+) -> Drawn:
+    """Every figure in the same resamples of the patients, by level/label/kind or the name of another ranking."""
+    patients = sorted(set(levels["slice"].patient_N.astype(str)))
+    wanted: dict[str, Statistic] = {
+        f"{level}/{key}": statistic
+        for level, scored in levels.items()
+        for key, statistic in statistics(scored, judged[level], patients=patients).items()
+    }
+    for key, (scored, rows, probability) in others.items():
+        patient_N = number_patients(scored, patients)[rows]
+        wanted[key] = Ranked(scored.labels_NL[rows, ANY] == 1, probability, patient_N=patient_N)
+    settings = config.evaluate
+    return resample(wanted, patients=len(patients), resamples=settings.bootstrap, seed=settings.seed)
+
+
+def _of_level(drawn: Drawn, level: str) -> Drawn:
+    return {key.removeprefix(f"{level}/"): figures for key, figures in drawn.items() if key.startswith(f"{level}/")}
+
+
+def _others(
+    levels: dict[str, Scored],
+    judged: dict[str, list[Judged]],
+    counts_N: npt.NDArray[np.int64] | None,
+    headers_SL: Floats,
+    strata: Strata,
+) -> dict[str, Ranking]:
+    """What else is ranked by `any`: the two baselines on all rows, and the network within each stratum."""
+    slices, studies = levels["slice"], levels["study"]
+    known_N, known_S = judged["slice"][ANY].known_N, judged["study"][ANY].known_N
+    found: dict[str, Ranking] = {"headers": (studies, known_S, headers_SL[known_S, ANY])}
+    if counts_N is not None:
+        found["counting"] = (slices, known_N, counts_N[known_N])
+    for name, parts in strata.items():
+        for part, inside_S in parts.items():
+            rows = known_N & inside_S[slices.study_N]
+            found[f"strata/{name}/{part}"] = (slices, rows, slices.probabilities_NL[rows, ANY])
+    return found
+
+
+def _counting(slices: Scored, counts_N: npt.NDArray[np.int64] | None, detail: str, drawn: Drawn) -> dict[str, Any]:
+    """The counting classifier's scores; the interval of the difference is that of the pairs of draws."""
+    if counts_N is None:
+        return {"any_auc": None, "any_auc_above_counting": None, "reason": detail}
+    above_D = drawn["slice/any/ranks"]["auc"] - drawn["counting"]["auc"]
+    return {
+        **score_counting(slices, counts_N),
+        "any_auc_above_counting_ci": interval(above_D),
+        "window": detail,
+    }
+
+
+def _predict_from_headers(store: Store, studies: Scored) -> Floats:
+    """What the headers alone say of each held-out study, learnt from all studies of other patients: float64 [S, L].
+
+    A fold's patients are predicted by what was learnt without them, exactly as by the network.
+    """
+    features, truth_SL = header_features(store.per_study), store.labels.max(axis=1)
+    patient_S = store.patient_key.astype(str)
+    found_SL = np.zeros(studies.probabilities_NL.shape)
+    folds = np.unique(studies.fold_N)
+    with Progress(len(folds) * len(LABELS), what="headers", unit="labels") as progress:
+        for fold in folds:
+            here = studies.fold_N == fold
+            predict_S = np.isin(np.arange(len(patient_S)), studies.study_N[here])
+            others_S = ~np.isin(patient_S, patient_S[predict_S])
+            for label in range(len(LABELS)):
+                truth_S = truth_SL[:, label]
+                learn_S = others_S & (truth_S != UNKNOWN)
+                found_SL[here, label] = predict_from_headers(features, truth_S, learn_S=learn_S, predict_S=predict_S)
+                progress.advance()
+    return found_SL
+
+
+def _score_headers(studies: Scored, headers_SL: Floats, drawn: Drawn) -> dict[str, Any]:
+    """The header classifier's AUC and log loss by study, and how far the network lies above it."""
+    by_label = {
+        name: auc(truth, headers_SL[known_S, label])
+        for label, name in enumerate(LABELS)
+        for known_S, truth, _ in [studies.of(label)]
+    }
+    known_S, truth, probability = studies.of(ANY)
+    network, alone = auc(truth, probability), by_label["any"]
+    return {
+        "auc": by_label,
+        "any_auc_ci": interval(drawn["headers"]["auc"]),
+        "any_log_loss": log_loss(truth, headers_SL[known_S, ANY]),
+        "any_auc_above_headers": None if network is None or alone is None else network - alone,
+        "any_auc_above_headers_ci": interval(drawn["study/any/ranks"]["auc"] - drawn["headers"]["auc"]),
+    }
+
+
+def name_strata(store: Store) -> Strata:
+    """Kinds of studies by how they were stored and scanned: name → part → bool over the store's studies."""
+    of = store.per_study
+    forms = [
+        f"{bits} bits, {'signed' if signed else 'unsigned'}, intercept {intercept:g}".replace("-", "−")
+        for bits, signed, intercept in zip(of["bits_stored"], of["signed"], of["intercept"], strict=True)
+    ]
+    padded = np.where(of["lowest_hu"] < PADDED_HU, "padded", "not padded")
+    named = {"stored as": np.array(forms), "around the scanned circle": padded}
+    whole = {name: {str(part): part_S == part for part in np.unique(part_S)} for name, part_S in named.items()}
+    return whole | {name: _steps(of[key], edges, unit) for key, (name, edges, unit) in STEPS.items()}
+
+
+def _steps(values_S: npt.NDArray[Any], edges: tuple[int, int], unit: str) -> dict[str, npt.NDArray[np.bool_]]:
+    low, high = edges
+    return {
+        f"under {low}{unit}": values_S < low,
+        f"{low} to {high}{unit}": (values_S >= low) & (values_S < high),
+        f"{high}{unit} or more": values_S >= high,
+        "not known": ~np.isfinite(values_S),
+    }
+
+
+def _header_thirds(store: Store, studies: Scored, headers_SL: Floats) -> Strata:
+    """The held-out studies in thirds by what the headers alone say of `any`: within one they say about the same."""
+    said_S = np.full(len(store.study), np.nan)
+    said_S[studies.study_N] = headers_SL[:, ANY]
+    low, high = np.quantile(headers_SL[:, ANY], [1 / 3, 2 / 3])
+    thirds = {
+        "lowest third": said_S <= low,
+        "middle third": (said_S > low) & (said_S <= high),
+        "highest third": said_S > high,
+    }
+    return {"likelihood by the headers alone": thirds}
+
+
+def _score_strata(slices: Scored, judged: Judged, strata: Strata, drawn: Drawn) -> dict[str, Any]:
+    """`any` by slice within each part of each stratum; a stratum of which all slices lie in one part says nothing."""
+    found: dict[str, Any] = {}
+    for name, parts in strata.items():
+        for part, inside_S in parts.items():
+            figures = score_stratum(slices, judged, inside_S[slices.study_N])
+            if figures["rows"]:
+                ends = interval(drawn[f"strata/{name}/{part}"]["auc"])
+                found.setdefault(name, {})[part] = {**figures, "auc_ci": ends}
+    return {name: parts for name, parts in found.items() if len(parts) > 1}
 
 
 def rounded(value: Any) -> Any:
@@ -296,6 +540,38 @@ def curve_table(curves: dict[str, list[Curve]]) -> pd.DataFrame:
     ]
     empty = pd.DataFrame(columns=["level", "label", "fold", "fpr", "tpr"])
     return pd.concat(rows, ignore_index=True).round(DECIMALS) if rows else empty
+
+
+def precision_recall_table(curves: dict[str, list[PrecisionRecall]]) -> pd.DataFrame:
+    """The precision-recall curves as rows: level, label, recall, precision."""
+    rows = [
+        pd.DataFrame({"level": level, "label": curve.label, "recall": curve.recall, "precision": curve.precision})
+        for level, of_level in curves.items()
+        for curve in of_level
+    ]
+    empty = pd.DataFrame(columns=["level", "label", "recall", "precision"])
+    return pd.concat(rows, ignore_index=True).round(DECIMALS) if rows else empty
+
+
+def reliability_table(found: dict[str, dict[str, tuple[Reliability, Reliability | None]]]) -> pd.DataFrame:
+    """The reliability diagrams as rows: level, label, probabilities (predicted, scaled), rows, predicted, observed."""
+    tables = [
+        pd.DataFrame(
+            {
+                "level": level,
+                "label": label,
+                "probabilities": name,
+                "rows": one.rows,
+                "predicted": one.predicted,
+                "observed": one.observed,
+            }
+        )
+        for level, of_level in found.items()
+        for label, pair in of_level.items()
+        for name, one in zip(("predicted", "scaled"), pair, strict=True)
+        if one is not None
+    ]
+    return pd.concat(tables, ignore_index=True).round(DECIMALS)
 
 
 def training_table(folds: Sequence[TrainedFold]) -> pd.DataFrame:

@@ -1,5 +1,7 @@
 """Scores on plain arrays, for each label, at slice and at study level, each beside what guessing would score.
 
+Nothing that is fitted is scored on what it was fitted to: thresholds and temperatures come from other patients' rows.
+
 Axes: N rows (slices at slice level, studies at study level), L labels. A label of −1 is unknown and left out of every
 figure. A figure that the data cannot give (one class only, too few positive patients) is None, never NaN.
 """
@@ -7,14 +9,16 @@ figure. A figure that the data cannot give (one class only, too few positive pat
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
+from pipeline.bootstrap import Ranked, Ratios, Statistic, interval
+from pipeline.calibration import Reliability, fit_temperature, reliability, scale
 from pipeline.labels import ANY, LABEL_WEIGHTS, LABELS, UNKNOWN
 
 SMALLEST_PROBABILITY = 1e-15
@@ -25,7 +29,16 @@ CURVE_POINTS = 200
 
 ALL_FOLDS = "all"
 
-AVERAGED = ("auc", "average_precision", "sensitivity", "specificity", "log_loss", "base_rate_log_loss")
+WEIGHTED = "weighted"
+"""Stands for a label where a figure is of all labels at once."""
+
+AVERAGED = ("auc", "average_precision", "sensitivity", "specificity", "log_loss", "base_rate_log_loss", "brier", "ece")
+
+SPECIFICITIES = (90, 95)
+"""Per cent; at each the highest sensitivity is read off the ROC curve."""
+
+RATES = ("sensitivity", "specificity", "ppv", "npv", "f1", "accuracy")
+"""Of calls; each is a sum over rows by another."""
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -65,6 +78,15 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class PrecisionRecall:
+    """A precision-recall curve, from recall 0 to 1."""
+
+    label: str
+    recall: Floats
+    precision: Floats
+
+
+@dataclass(frozen=True)
 class Decisions:
     """Calls made at thresholds that were chosen on other rows."""
 
@@ -72,6 +94,28 @@ class Decisions:
     """bool [known]"""
     thresholds: tuple[float, ...]
     """One for each group of rows, chosen on all the other groups."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Probabilities after temperature scaling, by temperatures that were fitted on other rows."""
+
+    probability: Floats
+    """float64 [known]"""
+    temperatures: tuple[float, ...]
+    """One for each group of rows, fitted on all the other groups."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One label's known rows with all that is fitted on other rows; made once, for the figures, intervals and pictures."""
+
+    label: int
+    known_N: Bools
+    truth: Bools
+    probability: Floats
+    decisions: Decisions | None
+    scaled: Scaled | None
 
 
 def to_studies(slices: Scored) -> Scored:
@@ -84,28 +128,46 @@ def to_studies(slices: Scored) -> Scored:
     return Scored(labels_NL, probabilities_NL, study, slices.patient_N[first], slices.fold_N[first])
 
 
-def score(scored: Scored) -> dict[str, Any]:
+def judge(scored: Scored) -> list[Judged]:
+    """Every label's known rows, called and scaled."""
+    return [judge_label(scored, label) for label in range(len(LABELS))]
+
+
+def judge_label(scored: Scored, label: int) -> Judged:
+    """One label's known rows, called and scaled."""
+    return Judged(label, *scored.of(label), decide(scored, label), scale_label(scored, label))
+
+
+def score(scored: Scored, judged: Sequence[Judged], *, prevalence: float) -> dict[str, Any]:
     """Every figure of one level.
 
+    Args:
+        scored: the rows.
+        judged: what `judge` makes of them.
+        prevalence: share of studies with hemorrhage for which PPV and NPV are given as well.
+
     Returns:
-        One entry a label, then `macro` (the mean over the labels that have the figure), the weighted multi-label log
-        loss, and the same for someone who predicts each label's prevalence.
+        One entry a label, then `macro` (the mean over the labels that have the figure), the AUC of all labels' rows taken
+        together, the weighted multi-label log loss (also after temperature scaling), and the same for someone who predicts
+        each label's prevalence.
     """
-    by_label = {name: score_label(scored, label) for label, name in enumerate(LABELS)}
+    weights_N = to_prevalence(scored, prevalence)
+    by_label = {LABELS[one.label]: score_label(scored, one, weights_N=weights_N) for one in judged}
+    known_NL = scored.labels_NL != UNKNOWN
     return {
         **by_label,
         "macro": _macro(list(by_label.values())),
+        "micro_auc": auc(scored.labels_NL[known_NL] == 1, scored.probabilities_NL[known_NL]),
         "weighted_log_loss": weighted_log_loss(scored.labels_NL, scored.probabilities_NL),
+        "weighted_log_loss_scaled": _scaled_loss(scored, judged),
         "base_rate_weighted_log_loss": weighted_log_loss(scored.labels_NL, base_rates(scored.labels_NL)),
     }
 
 
-def score_label(scored: Scored, label: int) -> dict[str, Any]:
+def score_label(scored: Scored, judged: Judged, *, weights_N: Floats | None) -> dict[str, Any]:
     """The figures of one label, with the number of positives that they rest on."""
-    known_N, truth, probability = scored.of(label)
-    decisions = decide(scored, label)
-    sensitivity, specificity = _rates(truth, decisions)
-    rate = np.full(len(truth), truth.mean() if len(truth) else 0.0)
+    known_N, truth, probability = judged.known_N, judged.truth, judged.probability
+    called = judged.decisions.called if judged.decisions else None
     return {
         "positives": int(truth.sum()),
         "negatives": int((~truth).sum()),
@@ -113,11 +175,14 @@ def score_label(scored: Scored, label: int) -> dict[str, Any]:
         "positive_patients": len(np.unique(scored.patient_N[known_N][truth].astype(str))),
         "auc": auc(truth, probability),
         "average_precision": average_precision(truth, probability),
-        "sensitivity": sensitivity,
-        "specificity": specificity,
-        "thresholds": list(decisions.thresholds) if decisions else None,
-        "log_loss": log_loss(truth, probability),
-        "base_rate_log_loss": log_loss(truth, rate),
+        **{f"sensitivity_at_{at}": sensitivity_at(truth, probability, at / 100) for at in SPECIFICITIES},
+        **dict.fromkeys(RATES),
+        **{name: _ratio(*parts) for name, parts in judged_parts(judged).items()},
+        **_at_prevalence(truth, called, None if weights_N is None else weights_N[known_N]),
+        "confusion": _confusion(truth, called),
+        "thresholds": list(judged.decisions.thresholds) if judged.decisions else None,
+        "base_rate_log_loss": log_loss(truth, np.full(len(truth), truth.mean() if len(truth) else 0.0)),
+        **_calibration(judged),
         "auc_by_fold": {
             str(fold): auc(truth[here], probability[here])
             for fold in np.unique(scored.fold_N)
@@ -126,10 +191,139 @@ def score_label(scored: Scored, label: int) -> dict[str, Any]:
     }
 
 
-def _rates(truth: Bools, decisions: Decisions | None) -> tuple[float | None, float | None]:
-    if decisions is None:
-        return None, None
-    return float(decisions.called[truth].mean()), float((~decisions.called[~truth]).mean())
+def judged_parts(judged: Judged) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """The figures that are a sum over rows by another: numerator and denominator of each row, [known]."""
+    truth, probability = judged.truth, judged.probability
+    one = np.ones(len(truth))
+    parts = {
+        "log_loss": (_losses(truth, probability), one),
+        "brier": ((probability - truth) ** 2, one),
+    }
+    if judged.decisions is None:
+        return parts
+    called = judged.decisions.called
+    hit, either = truth & called, truth.astype(np.int64) + called
+    return parts | {
+        "sensitivity": (hit, truth),
+        "specificity": (~truth & ~called, ~truth),
+        "ppv": (hit, called),
+        "npv": (~truth & ~called, ~called),
+        "f1": (2 * hit, either),
+        "accuracy": (truth == called, one),
+    }
+
+
+def _ratio(numerator: npt.NDArray[Any], denominator: npt.NDArray[Any]) -> float | None:
+    return float(numerator.sum() / denominator.sum()) if denominator.any() else None
+
+
+def _confusion(truth: Bools, called: Bools | None) -> dict[str, int] | None:
+    if called is None:
+        return None
+    return {
+        "found": int((truth & called).sum()),
+        "missed": int((truth & ~called).sum()),
+        "false_alarms": int((~truth & called).sum()),
+        "rightly_free": int((~truth & ~called).sum()),
+    }
+
+
+def to_prevalence(scored: Scored, prevalence: float) -> Floats | None:
+    """Weights of rows that make studies with hemorrhage as frequent as `prevalence`, and change nothing else.
+
+    All rows of a study weigh the same, so that slices and subtypes follow from the mix of studies. A study that nobody knows
+    about weighs nothing.
+
+    Returns:
+        float64 [N], or None if all studies are positive or all negative.
+    """
+    study, row = np.unique(scored.study_N, return_inverse=True)
+    any_S = np.full(len(study), UNKNOWN, np.int8)
+    np.maximum.at(any_S, row, scored.labels_NL[:, ANY])
+    positive, known = int((any_S == 1).sum()), int((any_S != UNKNOWN).sum())
+    if positive in (0, known):
+        return None
+    weights_S = np.where(any_S == 1, prevalence / positive, (1 - prevalence) / (known - positive))
+    return np.where(any_S == UNKNOWN, 0.0, weights_S)[row]
+
+
+def _at_prevalence(truth: Bools, called: Bools | None, weights: Floats | None) -> dict[str, float | None]:
+    if called is None or weights is None:
+        return {"ppv_at_prevalence": None, "npv_at_prevalence": None}
+    return {
+        "ppv_at_prevalence": _ratio(weights * (truth & called), weights * called),
+        "npv_at_prevalence": _ratio(weights * (~truth & ~called), weights * ~called),
+    }
+
+
+def _calibration(judged: Judged) -> dict[str, Any]:
+    """Expected calibration error, and what temperature scaling makes of it, of the log loss and of the Brier score."""
+    truth, scaled = judged.truth, judged.scaled
+    after = scaled.probability if scaled else None
+    return {
+        "ece": reliability(truth, judged.probability).error,
+        "ece_scaled": None if after is None else reliability(truth, after).error,
+        "log_loss_scaled": None if after is None else log_loss(truth, after),
+        "brier_scaled": None if after is None else float(((after - truth) ** 2).mean()),
+        "temperatures": list(scaled.temperatures) if scaled else None,
+    }
+
+
+def _scaled_loss(scored: Scored, judged: Sequence[Judged]) -> float | None:
+    """The weighted log loss after scaling; a label that could not be scaled stands as it was."""
+    probabilities_NL = scored.probabilities_NL.copy()
+    for one in judged:
+        if one.scaled is not None:
+            probabilities_NL[one.known_N, one.label] = one.scaled.probability
+    return weighted_log_loss(scored.labels_NL, probabilities_NL)
+
+
+def statistics(scored: Scored, judged: Sequence[Judged], *, patients: Sequence[str]) -> dict[str, Statistic]:
+    """What the bootstrap draws: by label (and `WEIGHTED`), then "/ranks" or "/sums".
+
+    Args:
+        scored: the rows.
+        judged: what `judge` makes of them.
+        patients: sorted keys of all who may be drawn.
+    """
+    patient_N = number_patients(scored, patients)
+    found: dict[str, Statistic] = {}
+    for one in judged:
+        name, of_known = LABELS[one.label], patient_N[one.known_N]
+        found[f"{name}/ranks"] = Ranked(one.truth, one.probability, patient_N=of_known)
+        found[f"{name}/sums"] = Ratios(judged_parts(one), patient_N=of_known, patients=len(patients))
+    losses_NL, weights_NL = _weighted(scored.labels_NL, scored.probabilities_NL)
+    rows = {"log_loss": (losses_NL.sum(axis=1), weights_NL.sum(axis=1))}
+    found[f"{WEIGHTED}/sums"] = Ratios(rows, patient_N=patient_N, patients=len(patients))
+    return found
+
+
+def number_patients(scored: Scored, patients: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Each row's patient as a number among the sorted keys: int64 [N]."""
+    return np.searchsorted(np.asarray(patients, str), scored.patient_N.astype(str)).astype(np.int64)
+
+
+def with_intervals(scores: Mapping[str, Any], drawn: Mapping[str, Mapping[str, Floats]]) -> dict[str, Any]:
+    """One level's scores with `<figure>_ci`, [low, high], behind each figure that was drawn.
+
+    Args:
+        scores: what `score` gives.
+        drawn: what `resample` makes of `statistics`.
+    """
+    labels = {name: _beside(scores[name], {**drawn[f"{name}/ranks"], **drawn[f"{name}/sums"]}) for name in LABELS}
+    have = [name for name in LABELS if scores[name]["auc"] is not None]
+    mean_auc = {"auc": np.mean([drawn[f"{name}/ranks"]["auc"] for name in have], axis=0)} if have else {}
+    whole = {"weighted_log_loss": drawn[f"{WEIGHTED}/sums"]["log_loss"]}
+    return _beside({**scores, **labels, "macro": _beside(scores["macro"], mean_auc)}, whole)
+
+
+def _beside(figures: Mapping[str, Any], drawn: Mapping[str, Floats]) -> dict[str, Any]:
+    found = {}
+    for name, value in figures.items():
+        found[name] = value
+        if name in drawn:
+            found[f"{name}_ci"] = None if value is None else interval(drawn[name])
+    return found
 
 
 def _macro(by_label: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -153,6 +347,14 @@ def average_precision(truth: Bools, probability: Floats) -> float | None:
     return float(average_precision_score(truth, probability)) if has_both(truth) else None
 
 
+def sensitivity_at(truth: Bools, probability: Floats, specificity: float) -> float | None:
+    """The highest sensitivity whose specificity is at least this, on the ROC curve of these rows; None with one class only."""
+    if not has_both(truth):
+        return None
+    fpr, tpr, _ = roc_curve(truth, probability, drop_intermediate=False)
+    return float(tpr[fpr <= 1 - specificity + 1e-12].max())  # 1 − 0.9 is a little less than 0.1
+
+
 def log_loss(truth: Bools, probability: Floats) -> float | None:
     """Mean log loss of one label, probabilities clipped as the challenge does; None without rows."""
     return float(_losses(truth, probability).mean()) if len(truth) else None
@@ -160,11 +362,14 @@ def log_loss(truth: Bools, probability: Floats) -> float | None:
 
 def weighted_log_loss(labels_NL: npt.NDArray[np.int8], probabilities_NL: Floats) -> float | None:
     """The challenge's metric: `any` counts twice, the mean is over the weights of what is known; None if nothing is."""
-    known_NL = labels_NL != UNKNOWN
-    weights_NL = np.where(known_NL, np.array(LABEL_WEIGHTS), 0.0)
-    if not known_NL.any():
-        return None
-    return float((weights_NL * _losses(labels_NL == 1, probabilities_NL)).sum() / weights_NL.sum())
+    losses_NL, weights_NL = _weighted(labels_NL, probabilities_NL)
+    return _ratio(losses_NL, weights_NL)
+
+
+def _weighted(labels_NL: npt.NDArray[np.int8], probabilities_NL: Floats) -> tuple[Floats, Floats]:
+    """Each label's loss times its weight, and the weight, 0 where the label is unknown: float64 [N, L] both."""
+    weights_NL = np.where(labels_NL != UNKNOWN, np.array(LABEL_WEIGHTS), 0.0)
+    return weights_NL * _losses(labels_NL == 1, probabilities_NL), weights_NL
 
 
 def _losses(truth: Bools, probability: Floats) -> Floats:
@@ -187,19 +392,34 @@ def decide(scored: Scored, label: int) -> Decisions | None:
     Returns:
         The calls, or None if some group's other rows lack a class, so that they have no threshold to give.
     """
-    known_N, truth, probability = scored.of(label)
-    if not has_both(truth):
-        return None
-    group = _groups(truth, scored.patient_N[known_N], scored.fold_N[known_N])
+    _, truth, probability = scored.of(label)
     called = np.zeros(len(truth), bool)
     thresholds = []
-    for one in np.unique(group):
-        here = group == one
-        if not has_both(truth[~here]):
-            return None
+    for here in _held_out_groups(scored, label):
         thresholds.append(youden_threshold(truth[~here], probability[~here]))
         called[here] = probability[here] >= thresholds[-1]
-    return Decisions(called, tuple(thresholds))
+    return Decisions(called, tuple(thresholds)) if thresholds else None
+
+
+def scale_label(scored: Scored, label: int) -> Scaled | None:
+    """Scale each row by a temperature fitted on other patients' rows, grouped as for `decide`; None as there."""
+    _, truth, probability = scored.of(label)
+    after = np.zeros(len(truth))
+    temperatures = []
+    for here in _held_out_groups(scored, label):
+        temperatures.append(fit_temperature(truth[~here], probability[~here]))
+        after[here] = scale(probability[here], temperatures[-1])
+    return Scaled(after, tuple(temperatures)) if temperatures else None
+
+
+def _held_out_groups(scored: Scored, label: int) -> list[Bools]:
+    """The groups of the label's known rows, bool [known] each; none if the rows outside one of them lack a class."""
+    known_N, truth, _ = scored.of(label)
+    if not has_both(truth):
+        return []
+    group = _groups(truth, scored.patient_N[known_N], scored.fold_N[known_N])
+    groups = [group == one for one in np.unique(group)]
+    return groups if all(has_both(truth[~here]) for here in groups) else []
 
 
 def youden_threshold(truth: Bools, probability: Floats) -> float:
@@ -250,6 +470,46 @@ def thin(curve: Curve, points: int = CURVE_POINTS) -> Curve:
     kept = np.unique(np.searchsorted(walked, np.linspace(0, walked[-1], points - 1)))
     kept = np.union1d(kept, [0, len(walked) - 1])
     return Curve(curve.label, curve.fold, curve.fpr[kept], curve.tpr[kept], curve.threshold[kept])
+
+
+def precision_recall_curves(scored: Scored, points: int = CURVE_POINTS) -> list[PrecisionRecall]:
+    """For each label that has both classes: at most `points` of the curve's own, evenly spread in recall."""
+    curves = []
+    for label, name in enumerate(LABELS):
+        _, truth, probability = scored.of(label)
+        if has_both(truth):
+            precision, recall, _ = precision_recall_curve(truth, probability)
+            precision, recall = precision[::-1], recall[::-1]
+            kept = np.unique(np.searchsorted(recall, np.linspace(0, 1, points)))
+            curves.append(PrecisionRecall(name, recall[kept], precision[kept]))
+    return curves
+
+
+def reliabilities(judged: Sequence[Judged]) -> dict[str, tuple[Reliability, Reliability | None]]:
+    """By label: reliability as predicted, and after temperature scaling."""
+    return {
+        LABELS[one.label]: (
+            reliability(one.truth, one.probability),
+            reliability(one.truth, one.scaled.probability) if one.scaled else None,
+        )
+        for one in judged
+    }
+
+
+def score_stratum(scored: Scored, judged: Judged, inside_N: Bools) -> dict[str, Any]:
+    """One label's figures on some rows only, at the thresholds of all."""
+    inside = inside_N[judged.known_N]
+    truth, probability = judged.truth[inside], judged.probability[inside]
+    called = judged.decisions.called[inside] if judged.decisions else None
+    return {
+        "rows": int(inside.sum()),
+        "positives": int(truth.sum()),
+        "patients": len(np.unique(scored.patient_N[judged.known_N][inside].astype(str))),
+        "auc": auc(truth, probability),
+        "log_loss": log_loss(truth, probability),
+        "sensitivity": None if called is None else _ratio(truth & called, truth),
+        "specificity": None if called is None else _ratio(~truth & ~called, ~truth),
+    }
 
 
 def score_counting(slices: Scored, counts_N: npt.NDArray[Any]) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.config import Window
 from pipeline.labels import ANY, LABELS, SUBTYPES, UNKNOWN
 from pipeline.store import Store
 
@@ -88,3 +90,58 @@ def _caption(draw: ImageDraw.ImageDraw, store: Store, study: int, place: int, le
     y = top + height - CAPTION_PX + 2
     draw.text((left + 2, y), f"{place}   {store.position_mm[study, place]:.1f} mm", QUIET, ImageFont.load_default(13))
     draw.text((left + TILE_PX - 2, y), " ".join(names), POSITIVE, ImageFont.load_default(13), anchor="ra")
+
+
+SUSPECTS_IN_A_ROW = 6
+WINDOWS_SHOWN = 2
+"""Of the suspects, one below the other: mostly brain, and the wider one in which blood along bone is seen."""
+
+
+def draw_suspects(
+    pixels_KRCW: npt.NDArray[np.uint8],
+    *,
+    windows: Mapping[str, Window],
+    probabilities: Sequence[float],
+    captions: Sequence[str],
+    findings: Sequence[str],
+    heading: str,
+    subheading: str,
+    warnings: Sequence[str],
+) -> Image.Image:
+    """Draw K slices of a study that was predicted, with a bar under each as long as its probability of any bleed.
+
+    Args:
+        pixels_KRCW: uint8.
+        windows: of the last axis, by name; the first ones are shown.
+        probabilities: of any bleed, one a slice.
+        captions: which slice it is.
+        findings: what it most looks like.
+        heading: the first line.
+        subheading: the second line.
+        warnings: a line each.
+    """
+    shown = list(windows.items())[:WINDOWS_SHOWN]
+    columns, tile_height = SUSPECTS_IN_A_ROW, TILE_PX * len(shown) + CAPTION_PX
+    head_px = 46 + 18 * len(warnings)
+    rows = math.ceil(len(pixels_KRCW) / columns)
+    size = (columns * (TILE_PX + MARGIN_PX) + MARGIN_PX, rows * (tile_height + MARGIN_PX) + head_px)
+    sheet = Image.new("RGB", size, BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    named = ", ".join(f"{name} {window.centre:g}/{window.width:g}" for name, window in shown)
+    lines = [(f"{heading}; {named}", INK), (subheading, QUIET), *((warning, POSITIVE) for warning in warnings)]
+    for number, (text, ink) in enumerate(lines):
+        draw.text((MARGIN_PX, 6 + 18 * number), text, ink, ImageFont.load_default(13))
+    for place, pixels_RCW in enumerate(pixels_KRCW):
+        left = MARGIN_PX + (place % columns) * (TILE_PX + MARGIN_PX)
+        top = head_px + (place // columns) * (tile_height + MARGIN_PX)
+        for row in range(len(shown)):
+            tile = Image.fromarray(np.ascontiguousarray(pixels_RCW[..., row]))
+            tile = tile.resize((TILE_PX, TILE_PX), Image.Resampling.LANCZOS)
+            sheet.paste(tile.convert("RGB"), (left, top + row * TILE_PX))
+        below = top + len(shown) * TILE_PX
+        draw.rectangle((left, below, left + round(probabilities[place] * (TILE_PX - 1)), below + 2), POSITIVE)
+        font = ImageFont.load_default(12)
+        draw.text((left + 2, below + 4), captions[place], QUIET, font)
+        found = f"{probabilities[place]:.2f}  {findings[place]}"
+        draw.text((left + TILE_PX - 2, below + 4), found, INK, font, anchor="ra")
+    return sheet

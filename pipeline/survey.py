@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.labels import LABELS, UNKNOWN
 from pipeline.store import Store
@@ -62,18 +64,56 @@ def _sizes(store: Store) -> tuple[int, int]:
 
 
 def _describe_windows(store: Store) -> dict[str, dict[str, float]]:
-    slices = store.slices
-    chosen = slices[np.unique(np.linspace(0, len(slices) - 1, min(SAMPLE, len(slices))).astype(int))]
-    pixels_NRCW = np.stack([store.reader.read(study, number) for study, number in chosen.tolist()])
+    counts_WV = count_values(store)
+    mean_W = (counts_WV * np.arange(256)).sum(axis=1) / counts_WV.sum(axis=1)
+    shares_WV = counts_WV / counts_WV.sum(axis=1, keepdims=True)
     return {
         name: {
             "centre": window.centre,
             "width": window.width,
-            "mean": round(float(pixels_NRCW[..., number].mean()), 2),
-            "below": round(float((pixels_NRCW[..., number] == 0).mean()), 4),
-            "above": round(float((pixels_NRCW[..., number] == 255).mean()), 4),
+            "mean": round(float(mean_W[number]), 2),
+            "below": round(float(shares_WV[number, 0]), 4),
+            "above": round(float(shares_WV[number, 255]), 4),
         }
         for number, (name, window) in enumerate(store.windows.items())
+    }
+
+
+def count_values(store: Store, study: int | None = None) -> npt.NDArray[np.int64]:
+    """How often each stored value, 0 to 255, occurs in each window: int64 [window, value].
+
+    Counted are the slices of one study, or `SAMPLE` of all, evenly spread.
+    """
+    slices = store.slices if study is None else store.slices[store.slices[:, 0] == study]
+    most = len(slices) if study is not None else min(SAMPLE, len(slices))
+    chosen = slices[np.unique(np.linspace(0, len(slices) - 1, most).astype(int))]
+    counts_WV = np.zeros((len(store.windows), 256), np.int64)
+    for of_study, number in chosen.tolist():
+        pixels_RCW = store.reader.read(of_study, number)
+        for window, counts_V in enumerate(counts_WV):
+            counts_V += np.bincount(pixels_RCW[..., window].ravel(), minlength=256)
+    return counts_WV
+
+
+def describe_arrays(store: Store) -> dict[str, dict[str, Any]]:
+    """Every array of the store, the pixels first: type, named dimensions, chunks, bytes on disk, and what it is."""
+    names = sorted(entry.name for entry in os.scandir(store.path) if entry.is_dir())
+    return {name: _describe_array(store.path / name) for name in sorted(names, key=lambda name: name != "pixels")}
+
+
+def _describe_array(folder: Path) -> dict[str, Any]:
+    metadata = json.loads((folder / "zarr.json").read_bytes())
+    outer = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    inner = [codec["configuration"] for codec in metadata["codecs"] if codec["name"] == "sharding_indexed"]
+    return {
+        "type": metadata["data_type"],
+        "dimensions": dict(zip(metadata["dimension_names"], metadata["shape"], strict=True)),
+        "chunk": inner[0]["chunk_shape"] if inner else outer,
+        "shard": outer if inner else None,
+        "files": sum(entry.name != "zarr.json" for entry in os.scandir(folder)),
+        "bytes": sum(entry.stat().st_size for entry in os.scandir(folder)),
+        "meaning": metadata["attributes"].get("long_name", ""),
+        "units": metadata["attributes"].get("units"),
     }
 
 

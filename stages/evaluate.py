@@ -1,8 +1,8 @@
 """Score the held-out predictions of the folds in train.folds, slice by slice and study by study; write the report.
 
 Reads <data>/store.zarr and <data>/train/fold-K; writes into <data>/report: metrics.json (all figures), headline.json (the
-few that tell two experiments apart), roc.csv and training.csv (curves), unlabelled.parquet (the folds' mean for studies without
-labels), and report.html.
+few that tell two experiments apart), roc.csv, precision_recall.csv, reliability.csv and training.csv (curves), unlabelled.parquet
+(the folds' mean for studies without labels), and report.html.
 """
 
 import argparse
@@ -10,7 +10,14 @@ import json
 
 from pipeline.config import load_config
 from pipeline.errors import IchorError
-from pipeline.evaluate import average_folds, curve_table, evaluate, training_table
+from pipeline.evaluate import (
+    average_folds,
+    curve_table,
+    evaluate,
+    precision_recall_table,
+    reliability_table,
+    training_table,
+)
 from pipeline.files import write_bytes, write_json, write_parquet
 from pipeline.gallery import show_window
 from pipeline.report import describe, render_report
@@ -42,6 +49,8 @@ def _write(arguments: argparse.Namespace) -> None:
         config,
         metrics=done.metrics,
         curves=done.curves,
+        precision_recall=done.precision_recall,
+        reliability=done.reliability,
         summaries=[fold.summary for fold in done.folds],
         histories=[fold.history for fold in done.folds],
         pictures=done.pictures,
@@ -54,8 +63,14 @@ def _write(arguments: argparse.Namespace) -> None:
     write_json(folder / "metrics.json", done.metrics)
     write_json(folder / "headline.json", done.metrics["headline"])
     write_parquet(folder / "unlabelled.parquet", average_folds(done.folds))
-    write_bytes(folder / "roc.csv", curve_table(done.curves).to_csv(index=False).encode())
-    write_bytes(folder / "training.csv", training_table(done.folds).to_csv(index=False).encode())
+    tables = {
+        "roc": curve_table(done.curves),
+        "precision_recall": precision_recall_table(done.precision_recall),
+        "reliability": reliability_table(done.reliability),
+        "training": training_table(done.folds),
+    }
+    for name, table in tables.items():
+        write_bytes(folder / f"{name}.csv", table.to_csv(index=False).encode())
     write_bytes(folder / "report.html", page.encode())
 
 

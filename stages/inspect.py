@@ -2,6 +2,8 @@
 
 python -m stages.inspect                              the summary
 python -m stages.inspect --study 12 --out sheet.png   a study by number or uid, as a picture
+python -m stages.inspect --tree                       the arrays: types, dimensions, chunks, bytes
+python -m stages.inspect --histogram                  how often each grey value occurs, window by window (--study: of one study)
 python -m stages.inspect --verify                     decode everything against its checksums
 python -m stages.inspect --excluded --out out.png     what was excluded and why, and a picture of what can be decoded
 """
@@ -11,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from pipeline.config import load_config
@@ -21,15 +24,20 @@ from pipeline.manifest import REASONS, describe_account
 from pipeline.progress import Progress
 from pipeline.sheet import draw_sheet
 from pipeline.store import Store
-from pipeline.survey import discard_shards, survey, verify
+from pipeline.survey import SAMPLE, count_values, describe_arrays, discard_shards, survey, verify
 from stages.common import door
 
 SHOWN = 10
 """Files listed of each reason; enough to see what they have in common."""
 
+BINS, BAR = 16, 48
+"""Lines of a histogram, and characters of its longest bar: a window fits a terminal of 80 columns by 24 lines."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--study", metavar="UID|N", help="draw this study as a contact sheet")
+    parser.add_argument(
+        "--study", metavar="UID|N", help="draw this study as a contact sheet; with --histogram, count it"
+    )
     parser.add_argument("--window", metavar="NAME", help="of the sheet: a window's name, or all (default: the first)")
     parser.add_argument(
         "--out",
@@ -51,7 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --verify: drop damaged shards, here and in DVC's cache, so that preprocess makes them anew",
     )
-    parser.add_argument("--json", action="store_true", help="print the summary, or what was excluded, as JSON")
+    parser.add_argument("--tree", action="store_true", help="list the store's arrays, without reading any")
+    parser.add_argument(
+        "--histogram",
+        action="store_true",
+        help=f"count the stored values of each window, in {SAMPLE} slices of all, evenly spread, or in those of --study",
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary, or what else was asked for, as JSON")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -59,7 +73,11 @@ def main(arguments: argparse.Namespace) -> None:
         _show_exclusions(arguments)
         return
     store = Store(arguments.data / "store.zarr")
-    if arguments.study is not None:
+    if arguments.histogram:
+        _show_histogram(store, arguments)
+    elif arguments.tree:
+        _show_tree(store, arguments)
+    elif arguments.study is not None:
         _draw(store, arguments)
     elif arguments.verify:
         _verify(store, arguments)
@@ -107,6 +125,42 @@ def _show_exclusions(arguments: argparse.Namespace) -> None:
         picture, count = draw_exclusions(excluded, load_config(arguments.params))
         _save(picture, arguments.out)
         print(f"{count} slices drawn: {arguments.out}", file=sys.stderr)
+
+
+def _show_histogram(store: Store, arguments: argparse.Namespace) -> None:
+    counts_WV = count_values(store, None if arguments.study is None else store.find_study(arguments.study))
+    if arguments.json:
+        json.dump(dict(zip(store.windows, counts_WV.tolist(), strict=True)), sys.stdout)
+        print()
+        return
+    for (name, window), counts_V in zip(store.windows.items(), counts_WV, strict=True):
+        print(f"{name} {window.centre:g}/{window.width:g}, {counts_V.sum():,} pixels")
+        first_hu, step_hu = window.centre - window.width / 2, window.width / BINS
+        shares_V = counts_V / counts_V.sum()
+        inside = np.bincount(np.arange(1, 255) * BINS // 255, shares_V[1:255]).tolist()
+        longest = max(*inside, 1e-9)  # what is clipped would dwarf the rest
+        print(f"  at or below {first_hu:7g} HU  {shares_V[0]:6.1%}")
+        for number, share in enumerate(inside):
+            bar = "█" * round(BAR * share / longest)
+            print(f"  from        {first_hu + number * step_hu:7g} HU  {share:6.1%}  {bar}".rstrip())
+        print(f"  at or above {first_hu + window.width:7g} HU  {shares_V[255]:6.1%}")
+
+
+def _show_tree(store: Store, arguments: argparse.Namespace) -> None:
+    arrays = describe_arrays(store)
+    if arguments.json:
+        json.dump(arrays, sys.stdout, indent=2)
+        print()
+        return
+    print(f"{store.path}   {human_bytes(sum(facts['bytes'] for facts in arrays.values()))}")
+    for name, facts in arrays.items():
+        shape = " × ".join(f"{dimension} {length:,}" for dimension, length in facts["dimensions"].items())
+        print(f"  {name:18s} {facts['type']:8s} {human_bytes(facts['bytes']):>8s}  [{shape}]")
+        units = f", in {facts['units']}" if facts["units"] and " mm" not in facts["meaning"] else ""
+        print(f"  {'':18s} {facts['meaning']}{units}")
+        if facts["shard"]:
+            chunk, shard = ("×".join(map(str, facts[kind])) for kind in ("chunk", "shard"))
+            print(f"  {'':18s} {facts['files']:,} shards of {shard}, in chunks of {chunk}")
 
 
 def _verify(store: Store, arguments: argparse.Namespace) -> None:

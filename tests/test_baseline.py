@@ -1,4 +1,4 @@
-"""The counting classifier on drawn heads, of which the number of blood pixels is known."""
+"""The counting classifier on drawn heads, of which the number of blood pixels is known; the header classifier on made-up headers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import time
 import numpy as np
 import numpy.typing as npt
 import pytest
+from sklearn.metrics import roc_auc_score
 
-from pipeline.baseline import Counter, counter_for
+from pipeline.baseline import HEADER_VALUES, Counter, counter_for, header_features, predict_from_headers
 from pipeline.config import Window
 
 WINDOWS = {
@@ -130,3 +131,63 @@ def _seconds(counter: Counter, pixels: npt.NDArray[np.uint8]) -> float:
     started = time.perf_counter()
     counter.count(pixels)
     return time.perf_counter() - started
+
+
+STUDIES = 400
+
+
+def made_headers(**values: npt.ArrayLike) -> dict[str, npt.NDArray[np.float64]]:
+    """Headers that are all alike but for these values."""
+    return {name: np.broadcast_to(values.get(name, 1.0), STUDIES).astype(float) for name in HEADER_VALUES}
+
+
+def test_headers_that_give_the_answer_away_are_read() -> None:
+    rng = np.random.default_rng(0)
+    truth = (rng.random(STUDIES) < 0.4).astype(np.int8)
+    wrong = rng.random(STUDIES) < 0.2
+    padding = np.where((truth == 1) ^ wrong, -1024.0, -3024.0)  # as in RSNA's data: padded studies bleed less often
+    features = header_features(made_headers(lowest_hu=padding, tilt_deg=rng.normal(10, 5, STUDIES)))
+    learn = np.arange(STUDIES) < 200
+    said = predict_from_headers(features, truth, learn_S=learn, predict_S=~learn)
+    assert roc_auc_score(truth[~learn], said) == pytest.approx(0.8, abs=0.08), "of a fifth the header lies"
+
+
+def test_headers_that_say_nothing_reach_chance() -> None:
+    rng, aucs = np.random.default_rng(0), []
+    learn = np.arange(STUDIES) < 200
+    for _ in range(5):
+        truth = (rng.random(STUDIES) < 0.4).astype(np.int8)
+        features = header_features(made_headers(tilt_deg=rng.normal(10, 5, STUDIES)))
+        said = predict_from_headers(features, truth, learn_S=learn, predict_S=~learn)
+        aucs.append(roc_auc_score(truth[~learn], said))
+    assert np.mean(aucs) == pytest.approx(0.5, abs=0.08)
+
+
+def test_what_is_known_of_the_predicted_studies_does_not_reach_their_predictions() -> None:
+    rng = np.random.default_rng(0)
+    truth = (rng.random(STUDIES) < 0.4).astype(np.int8)
+    features = header_features(made_headers(tilt_deg=rng.normal(10, 5, STUDIES)))
+    learn = np.arange(STUDIES) < 300
+    one = predict_from_headers(features, truth, learn_S=learn, predict_S=~learn)
+    other = predict_from_headers(features, np.where(learn, truth, 1 - truth), learn_S=learn, predict_S=~learn)
+    np.testing.assert_array_equal(one, other)
+
+
+def test_headers_that_lack_a_value_or_all_agree_are_survived() -> None:
+    assert header_features(made_headers(thickness_mm=np.nan)).shape == (STUDIES, 0)
+    truth = (np.arange(STUDIES) % 4 == 0).astype(np.int8)
+    learn = np.arange(STUDIES) < 200
+    alike = predict_from_headers(header_features(made_headers()), truth, learn_S=learn, predict_S=~learn)
+    assert set(alike) == {0.25}
+    half = header_features(made_headers(thickness_mm=np.where(truth == 1, np.nan, 5.0)))
+    assert half.shape == (STUDIES, 1)
+    said = predict_from_headers(half, truth, learn_S=learn, predict_S=~learn)
+    assert said[truth[~learn] == 1].min() > said[truth[~learn] == 0].max()
+
+
+def test_headers_of_one_class_only_give_its_share() -> None:
+    features = header_features(made_headers(tilt_deg=np.arange(STUDIES)))
+    learn = np.arange(STUDIES) < 200
+    for value in (0, 1):
+        truth = np.full(STUDIES, value, np.int8)
+        assert set(predict_from_headers(features, truth, learn_S=learn, predict_S=~learn)) == {value}

@@ -14,12 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics
+from markupsafe import escape
 
-from pipeline.charts import Axis, Line, chart, ticks
+from pipeline.charts import Axis, Band, Line, chart, ticks
 from pipeline.config import Config, Window
 from pipeline.errors import CheckpointError, ConfigError, IchorError, StoreError
 from pipeline.evaluate import evaluate
 from pipeline.labels import ANY, LABELS
+from pipeline.report import PUBLISHED
 from pipeline.shard import build_shard, encode_chunk
 from pipeline.store import STUDY_ARRAYS, Store, StoreContent, slice_axis, write_store
 from stages.evaluate import main
@@ -46,8 +48,9 @@ class Run:
         self.cohort, self.windows = cohort, windows
         self.data = cohort.data
         self.rng = np.random.default_rng(0)
-        self.params = cohort.write_params(train__folds=folds, folds__count=2, **params)
-        self.config: Config = cohort.config(train__folds=folds, folds__count=2, **params)
+        params = {"train__folds": folds, "folds__count": 2, "evaluate__bootstrap": 100, **params}
+        self.params = cohort.write_params(**params)
+        self.config: Config = cohort.config(**params)
         self.labels = self._draw_labels()
         self.store = self._write_store()
         for fold in folds:
@@ -72,6 +75,11 @@ class Run:
         image_id[:, :SLICES] = [[f"ID_{s:05x}{k:04x}" for k in range(SLICES)] for s in range(STUDIES)]
         per_study: dict[str, Any] = {name: np.zeros(STUDIES) for name in STUDY_ARRAYS}
         per_study |= {
+            "bits_stored": np.where(np.arange(STUDIES) % 4 < 2, 12, 16),
+            "intercept": np.full(STUDIES, -1024.0),
+            "tilt_deg": np.arange(STUDIES) * 1.5,
+            "thickness_mm": np.where(np.arange(STUDIES) % 3 == 0, np.nan, 5.0),
+            "lowest_hu": np.where(np.arange(STUDIES) % 4 < 2, -1024.0, -3024.0),
             "num_slices": np.full(STUDIES, SLICES),
             "patient_key": np.array([f"key{study:08x}" for study in range(STUDIES)], object),
             "fingerprint": np.array([f"fingerprint{study}" for study in range(STUDIES)], object),
@@ -165,10 +173,11 @@ def test_stage_writes_metrics_curves_and_report_and_prints_the_scores(
 ) -> None:
     done: Ran = run_stage("evaluate", params=run.params)
     assert done.code == 0, done.err
-    written = ["headline.json", "metrics.json", "report.html", "roc.csv", "training.csv", "unlabelled.parquet"]
+    tables = ["precision_recall.csv", "reliability.csv", "roc.csv", "training.csv"]
+    written = sorted(["headline.json", "metrics.json", "report.html", "unlabelled.parquet", *tables])
     assert sorted(run.outputs()) == written
     metrics = run.metrics()
-    assert {"headline", "held_out", "counting", "slice", "study"} == set(metrics)
+    assert {"headline", "held_out", "counting", "headers", "strata", "slice", "study"} == set(metrics)
     for word in (*LABELS, "macro", "weighted log loss", "counting baseline", str(run.report / "report.html")):
         assert word in done.out
     main(argparse.Namespace(params=run.params, data=run.data, show=True))
@@ -356,7 +365,7 @@ def test_report_needs_nothing_from_elsewhere_and_names_nobody(run: Run) -> None:
 def test_report_holds_what_was_scored(run: Run) -> None:
     metrics = run.evaluate()
     page = (run.report / "report.html").read_text()
-    assert page.count('class="chart"') == len(LABELS) + 2
+    assert page.count('class="chart"') == 3 * len(LABELS) + 2, "ROC, precision-recall, reliability; two trainings"
     assert "Not a medical device" in page
     assert f"{metrics['headline']['slice_any_auc']:.3f}" in page
     assert "104 files found = 90 used + 6 repaired + 8 excluded" in page
@@ -374,6 +383,185 @@ def test_report_speaks_of_phantoms_only_where_there_are_any(cohort: Cohort, labe
     page = (run.report / "report.html").read_text()
     assert ("phantom" in page) == says
     assert ("other hospitals" in page.lower()) != says
+
+
+def test_intervals_stand_beside_the_figures_and_in_the_report(run: Run) -> None:
+    metrics = run.evaluate()
+    page = (run.report / "report.html").read_text()
+    low, high = metrics["slice"]["any"]["auc_ci"]
+    assert low < metrics["slice"]["any"]["auc"] < high
+    assert f"{low:.3f} to {high:.3f}" in page
+    assert metrics["slice"]["epidural"]["positive_patients"] == 2
+    assert metrics["slice"]["epidural"]["auc_ci"] is None, "too few patients"
+    low, high = metrics["slice"]["weighted_log_loss_ci"]
+    assert low < metrics["slice"]["weighted_log_loss"] < high
+    low, high = metrics["counting"]["any_auc_above_counting_ci"]
+    assert low < metrics["counting"]["any_auc_above_counting"] < high + 1e-9
+    assert high < 0, "here counting is perfect"
+    assert (metrics["held_out"]["resamples"], metrics["held_out"]["prevalence"]) == (100, 0.08)
+    assert "PPV at 8 %" in page
+
+
+def test_intervals_follow_the_seed_and_nothing_else_does(run: Run) -> None:
+    one = run.evaluate()
+    settings = {"train__folds": [0, 1], "folds__count": 2, "evaluate__bootstrap": 100, "evaluate__seed": 1}
+    run.params = run.cohort.write_params(**settings)
+    other = run.evaluate()
+    assert one["slice"]["any"]["auc_ci"] != other["slice"]["any"]["auc_ci"]
+
+    def figures(metrics: Any) -> Any:
+        if not isinstance(metrics, dict):
+            return metrics
+        return {key: figures(value) for key, value in metrics.items() if not key.endswith("_ci")}
+
+    assert figures(one) == figures(other)
+
+
+def test_reliability_and_precision_recall_tables_hold_every_label_and_level(run: Run) -> None:
+    metrics = run.evaluate()
+    bins = pd.read_csv(run.report / "reliability.csv")
+    for (level, label, name), one in bins.groupby(["level", "label", "probabilities"]):
+        error = np.average((one["observed"] - one["predicted"]).abs(), weights=one["rows"])
+        key = {"predicted": "ece", "scaled": "ece_scaled"}[name]
+        assert metrics[level][label][key] == pytest.approx(error, abs=1e-5)
+        assert one["rows"].sum() == metrics[level][label]["positives"] + metrics[level][label]["negatives"]
+    curves = pd.read_csv(run.report / "precision_recall.csv")
+    assert set(curves["level"]) == set(bins["level"]) == {"slice", "study"}
+    assert set(curves["label"]) == set(bins["label"]) == set(LABELS)
+    assert curves[["recall", "precision"]].stack().between(0, 1).all()
+
+
+def test_several_folds_have_a_mean_and_a_spread_and_one_has_none(run: Run, tmp_path: Path) -> None:
+    metrics = run.evaluate()
+    aucs = list(metrics["slice"]["any"]["auc_by_fold"].values())
+    page = (run.report / "report.html").read_text()
+    assert f"(folds {np.mean(aucs):.3f} ± {np.std(aucs, ddof=1):.3f})" in page
+    both = [name for name in LABELS if None not in metrics["slice"][name]["auc_by_fold"].values()]
+    assert page.count('<polygon class="spread"') == len(both) > 1
+    (tmp_path / "alone").mkdir()
+    alone = Run(Cohort(tmp_path / "alone"), folds=[0])
+    alone.evaluate()
+    assert '<polygon class="spread"' not in (alone.report / "report.html").read_text()
+
+
+def test_published_systems_stand_beside_this_run_filled_from_the_metrics(run: Run) -> None:
+    metrics = run.evaluate()
+    page = (run.report / "report.html").read_text()
+    row = re.search(r'<tr class="strong"><th scope="row">this run</th>.*?</tr>', page, re.DOTALL)
+    assert row is not None
+    assert f"{metrics['slice']['any']['auc']:.3f} by slice" in row[0]
+    assert f"{metrics['study']['any']['auc']:.3f} by study" in row[0]
+    assert f"{metrics['slice']['weighted_log_loss']:.4f}" in row[0]
+    assert f"{metrics['held_out']['patients']} patients" in row[0]
+    for one in PUBLISHED:
+        assert all(str(escape(words)) in page for words in (one.system, one.split, one.auc, one.log_loss, one.caveat))
+
+
+def add_alone(run: Run, folds: list[int]) -> None:
+    """What the CNN says without the sequence model, which turned some of it round."""
+    for fold in folds:
+        path = run.data / "train" / f"fold-{fold}" / "predictions.parquet"
+        table = pd.read_parquet(path)
+        alone = {
+            f"cnn_{name}": np.where(np.arange(len(table)) % 3 == 0, 1 - table[name], table[name]) for name in LABELS
+        }
+        table.assign(**alone).to_parquet(path)
+
+
+def test_the_cnn_alone_stands_beside_the_sequence_models_scores(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "without_sequence" not in run.evaluate()
+    before = run.metrics()
+    add_alone(run, [0, 1])
+    capsys.readouterr()
+    metrics = run.evaluate()
+    alone = metrics.pop("without_sequence")
+    assert metrics == before, "the last word is still the sequence model's"
+    tables = [pd.read_parquet(run.data / "train" / f"fold-{fold}" / "predictions.parquet") for fold in (0, 1)]
+    table = pd.concat(tables).set_index("image_id")
+    truth = {run.store.image_id[s, k]: run.labels[s, k, ANY] for s, k in run.store.slices}
+    known = [image_id for image_id in table.index if truth[image_id] != -1]
+    expected = sklearn.metrics.roc_auc_score([truth[one] for one in known], table.loc[known, "cnn_any"])
+    assert alone["slice_any_auc"] == pytest.approx(expected, abs=1e-6)
+    assert alone["weighted_log_loss"] > metrics["slice"]["weighted_log_loss"]
+    assert set(alone) < set(metrics["headline"]) | {"study_any_auc"}
+    assert f"the CNN alone       any AUC {alone['slice_any_auc']:.3f}" in capsys.readouterr().out
+    assert "The CNN alone" in (run.report / "report.html").read_text()
+
+
+def test_one_fold_without_the_cnns_own_word_leaves_it_out(run: Run) -> None:
+    add_alone(run, [1])
+    assert "without_sequence" not in run.evaluate()
+
+
+def test_the_cnns_own_word_is_refused_where_it_is_no_probability(run: Run) -> None:
+    add_alone(run, [0, 1])
+    path = run.data / "train" / "fold-1" / "predictions.parquet"
+    table = pd.read_parquet(path)
+    table.loc[table.index[0], "cnn_any"] = np.nan
+    table.to_parquet(path)
+    with pytest.raises(CheckpointError, match=r"fold 1 has 1 row\(s\) with no probability"):
+        run.evaluate()
+
+
+def test_scores_of_an_earlier_version_are_refused_by_show(run: Run) -> None:
+    metrics = run.evaluate()
+    del metrics["held_out"]["resamples"]
+    (run.report / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(IchorError, match=r"metrics.json: not the scores of an evaluation; run"):
+        main(argparse.Namespace(params=run.params, data=run.data, show=True))
+
+
+def test_strata_hold_every_slice_once_and_are_scored_as_by_scikit_learn(run: Run) -> None:
+    metrics = run.evaluate()
+    strata, labelled = metrics["strata"], metrics["held_out"]["labelled_slices"]
+    named = ["stored as", "around the scanned circle", "gantry tilt", "slice thickness"]
+    assert list(strata) == named, "in all else these studies are alike, also in what their headers foretell"
+    assert list(strata["gantry tilt"]) == ["under 1°", "1 to 15°", "15° or more"]
+    assert list(strata["slice thickness"]) == ["3 to 6 mm", "not known"]
+    for name in named:
+        assert sum(part["rows"] for part in strata[name].values()) == labelled
+        assert sum(part["positives"] for part in strata[name].values()) == metrics["slice"]["any"]["positives"]
+    assert list(strata["stored as"]) == ["12 bits, unsigned, intercept −1024", "16 bits, unsigned, intercept −1024"]
+    truth, said = [], []
+    tables = [pd.read_parquet(run.data / "train" / f"fold-{fold}" / "predictions.parquet") for fold in (0, 1)]
+    probability = pd.concat(tables).set_index("image_id")["any"]
+    for study, number in run.store.slices:
+        if study % 4 < 2 and run.labels[study, number, ANY] != -1:
+            truth.append(run.labels[study, number, ANY])
+            said.append(probability[run.store.image_id[study, number]])
+    part = strata["stored as"]["12 bits, unsigned, intercept −1024"]
+    assert part["auc"] == pytest.approx(sklearn.metrics.roc_auc_score(truth, said), abs=1e-6)
+    assert part["log_loss"] == pytest.approx(sklearn.metrics.log_loss(truth, said), abs=1e-5)
+    low, high = part["auc_ci"]
+    assert low < part["auc"] <= high
+    page = (run.report / "report.html").read_text()
+    for name, parts in strata.items():
+        assert name in page
+        assert all(one in page for one in parts)
+
+
+def test_headers_that_know_the_label_are_found_out(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this store every even study bleeds: a header that tells even from odd gives all away, on both folds."""
+    run = Run(cohort, folds=[0, 1])
+    blind = run.evaluate()["headers"]
+    run.store.per_study["rows"] = np.where(np.arange(STUDIES) % 2 == 0, 512, 600)
+    monkeypatch.setattr("pipeline.baseline.SMALLEST_LEAF", 1)  # this store holds too few studies for leaves of 20
+    metrics = evaluate(run.config, run.store, train=run.data / "train").metrics
+    seeing, thirds = metrics["headers"], metrics["strata"]["likelihood by the headers alone"]
+    assert {part["positives"] / part["rows"] for part in thirds.values()} == {0, 0.5}, "3 of 6 slices bleed"
+    assert seeing["auc"]["any"] == 1.0
+    assert (blind["auc"]["any"] or 0) < 0.9
+    network = run.metrics()["study"]["any"]["auc"]
+    assert seeing["any_auc_above_headers"] == pytest.approx(network - 1, abs=1e-6)
+    assert blind["any_auc_above_headers"] == pytest.approx(network - blind["auc"]["any"], abs=1e-5)
+
+
+def test_headers_are_not_learnt_from_the_patients_that_they_predict(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two studies have one tilt here: whoever has seen a study knows it again, and nobody else learns anything."""
+    monkeypatch.setattr("pipeline.baseline.SMALLEST_LEAF", 1)
+    headers = run.evaluate()["headers"]
+    assert headers["auc"]["any"] < 0.8
+    assert headers["any_log_loss"] > 0.5
 
 
 def test_gallery_takes_a_study_once_a_kind(run: Run) -> None:
@@ -409,3 +597,16 @@ def test_chart_places_lines_by_value_and_escapes_words() -> None:
     assert drawn is not None
     assert drawn.attrib["points"] == "46.0,160.0 290.0,10.0"
     assert drawn.findtext("title") == "<slices>"
+
+
+def test_band_lies_between_its_lines_and_below_every_line() -> None:
+    band = Band(np.array([0, 1]), np.array([0, 0.5]), np.array([0.5, 1]), "spread", "mean ± SD")
+    line = Line(np.array([0, 1]), np.array([0, 1]), "slices", "slices", dots=True, radius=np.array([2.0, 5.0]))
+    svg = chart([line], describe="", x=Axis("x", 0, 1), y=Axis("y", 0, 1), size=(300, 200), bands=[band])
+    root = ElementTree.fromstring(svg)
+    filled = root.find("polygon")
+    assert filled is not None
+    assert filled.attrib["points"] == "46.0,85.0 290.0,10.0 290.0,85.0 46.0,160.0"
+    tags = [child.tag for child in root]
+    assert tags.index("polygon") < tags.index("polyline")
+    assert [dot.attrib["r"] for dot in root.iter("circle")] == ["2.0", "5.0"]

@@ -10,22 +10,42 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
+from pipeline.bootstrap import interval, resample
+from pipeline.calibration import scale
 from pipeline.labels import ANY, LABEL_WEIGHTS, LABELS
 from pipeline.metrics import (
+    RATES,
     Curve,
     Scored,
     base_rates,
     decide,
+    judge,
+    judge_label,
     log_loss,
+    precision_recall_curves,
+    reliabilities,
     roc_curves,
-    score,
+    scale_label,
     score_counting,
-    score_label,
+    sensitivity_at,
+    statistics,
     thin,
+    to_prevalence,
     to_studies,
     weighted_log_loss,
+    with_intervals,
     youden_threshold,
 )
+from pipeline.metrics import score as score_judged
+from pipeline.metrics import score_label as score_judged_label
+
+
+def score(scored: Scored, *, prevalence: float = 0.1) -> dict[str, Any]:
+    return score_judged(scored, judge(scored), prevalence=prevalence)
+
+
+def score_label(scored: Scored, label: int) -> dict[str, Any]:
+    return score_judged_label(scored, judge_label(scored, label), weights_N=to_prevalence(scored, 0.1))
 
 
 def make_scored(*, patients: int = 40, slices: int = 10, folds: int = 1, seed: int = 0, unknown: float = 0.0) -> Scored:
@@ -42,6 +62,12 @@ def make_scored(*, patients: int = 40, slices: int = 10, folds: int = 1, seed: i
     )
 
 
+def half_free(scored: Scored) -> Scored:
+    """Every other pair of studies without hemorrhage, as on a ward."""
+    scored.labels_NL[scored.study_N // 2 % 2 == 0] = 0
+    return scored
+
+
 @pytest.mark.parametrize("unknown", [0.0, 0.3])
 @pytest.mark.parametrize("label", range(len(LABELS)))
 def test_figures_equal_scikit_learns_on_the_known_rows(label: int, unknown: float) -> None:
@@ -53,19 +79,185 @@ def test_figures_equal_scikit_learns_on_the_known_rows(label: int, unknown: floa
     assert figures["average_precision"] == pytest.approx(sklearn.metrics.average_precision_score(truth, probability))
     assert figures["log_loss"] == pytest.approx(sklearn.metrics.log_loss(truth, probability), abs=1e-12)
     rate = np.full(len(truth), truth.mean())
+    assert figures["brier"] == pytest.approx(sklearn.metrics.brier_score_loss(truth, probability), abs=1e-12)
     assert figures["base_rate_log_loss"] == pytest.approx(sklearn.metrics.log_loss(truth, rate), abs=1e-12)
     assert (figures["positives"], figures["negatives"]) == (truth.sum(), (truth == 0).sum())
     assert figures["positive_patients"] == len(set(scored.patient_N[known][truth == 1]))
 
 
-def test_sensitivity_and_specificity_equal_the_confusion_matrix_of_the_calls() -> None:
+def test_figures_of_the_calls_equal_scikit_learns() -> None:
     scored = make_scored(folds=3)
     figures, decisions = score_label(scored, ANY), decide(scored, ANY)
     assert decisions is not None
-    table = sklearn.metrics.confusion_matrix(scored.labels_NL[:, ANY], decisions.called)
-    assert figures["sensitivity"] == pytest.approx(table[1, 1] / table[1].sum())
-    assert figures["specificity"] == pytest.approx(table[0, 0] / table[0].sum())
+    truth, called = scored.labels_NL[:, ANY], decisions.called
+    expected = {
+        "sensitivity": sklearn.metrics.recall_score(truth, called),
+        "specificity": sklearn.metrics.recall_score(truth, called, pos_label=0),
+        "ppv": sklearn.metrics.precision_score(truth, called),
+        "npv": sklearn.metrics.precision_score(truth, called, pos_label=0),
+        "f1": sklearn.metrics.f1_score(truth, called),
+        "accuracy": sklearn.metrics.accuracy_score(truth, called),
+    }
+    assert set(expected) == set(RATES)
+    assert {name: figures[name] for name in RATES} == pytest.approx(expected, abs=1e-12)
+    (free, false), (missed, found) = sklearn.metrics.confusion_matrix(truth, called)
+    assert figures["confusion"] == {"found": found, "missed": missed, "false_alarms": false, "rightly_free": free}
     assert len(figures["thresholds"]) == 3
+
+
+@pytest.mark.parametrize("unknown", [0.0, 0.3])
+def test_micro_auc_equals_scikit_learns(unknown: float) -> None:
+    scored = make_scored(unknown=unknown)
+    known = scored.labels_NL != -1
+    expected = sklearn.metrics.roc_auc_score(scored.labels_NL[known], scored.probabilities_NL[known])
+    assert score(scored)["micro_auc"] == pytest.approx(expected, abs=1e-12)
+    if not unknown:
+        whole = sklearn.metrics.roc_auc_score(scored.labels_NL, scored.probabilities_NL, average="micro")
+        assert expected == pytest.approx(whole, abs=1e-12)
+
+
+@pytest.mark.parametrize("specificity", [0.9, 0.95])
+def test_sensitivity_at_a_specificity_is_the_best_of_all_thresholds(specificity: float) -> None:
+    rng = np.random.default_rng(1)
+    truth = np.arange(200) < 100  # 100 negatives, so that 0.9 and 0.95 are met exactly
+    probability = np.round(np.clip(0.3 * truth + rng.normal(0.4, 0.2, 200), 0, 1), 2)
+    best = max(
+        sklearn.metrics.recall_score(truth, probability >= threshold)
+        for threshold in np.linspace(0, 1.01, 102)
+        if sklearn.metrics.recall_score(~truth, probability < threshold) >= specificity - 1e-12
+    )
+    assert sensitivity_at(truth, probability, specificity) == pytest.approx(best)
+
+
+def test_predictive_values_at_another_prevalence_of_studies_are_those_of_bayes() -> None:
+    studies = to_studies(half_free(make_scored(patients=200, slices=4, folds=2)))
+    figures, prevalence = score(studies, prevalence=0.08)["any"], 0.08
+    sensitivity, specificity = figures["sensitivity"], figures["specificity"]
+    found, false = sensitivity * prevalence, (1 - specificity) * (1 - prevalence)
+    free, missed = specificity * (1 - prevalence), (1 - sensitivity) * prevalence
+    assert figures["ppv_at_prevalence"] == pytest.approx(found / (found + false))
+    assert figures["npv_at_prevalence"] == pytest.approx(free / (free + missed))
+    assert figures["ppv_at_prevalence"] < figures["ppv"]
+
+
+def test_predictive_values_at_the_prevalence_that_is_there_are_the_plain_ones() -> None:
+    """Slices and subtypes included: only the mix of studies is changed, and here it is not."""
+    scored = half_free(make_scored(patients=60, slices=4, folds=2))
+    there = float((to_studies(scored).labels_NL[:, ANY] == 1).mean())
+    figures = score(scored, prevalence=there)
+    for label in LABELS:
+        assert figures[label]["ppv_at_prevalence"] == pytest.approx(figures[label]["ppv"])
+        assert figures[label]["npv_at_prevalence"] == pytest.approx(figures[label]["npv"])
+
+
+def test_weights_give_the_studies_the_prevalence_and_the_unknown_ones_none() -> None:
+    scored = half_free(make_scored(patients=50, slices=3))
+    scored.labels_NL[scored.study_N == 7] = -1
+    weights = to_prevalence(scored, 0.2)
+    assert weights is not None
+    studies = to_studies(scored)
+    of_study = weights[np.searchsorted(scored.study_N, studies.study_N)]
+    assert of_study[studies.labels_NL[:, ANY] == 1].sum() == pytest.approx(0.2)
+    assert of_study.sum() == pytest.approx(1)
+    assert of_study[7] == 0
+    scored.labels_NL[:, ANY] = 1
+    assert to_prevalence(scored, 0.2) is None
+
+
+def test_temperature_is_not_fitted_on_the_fold_that_it_scales() -> None:
+    scored = make_scored(patients=60, folds=2)
+    before = scale_label(scored, ANY)
+    mine = scored.fold_N == 0
+    scored.labels_NL[mine, ANY] = 1 - scored.labels_NL[mine, ANY]  # what is known of fold 0 changes, not what is said
+    after = scale_label(scored, ANY)
+    assert before is not None
+    assert after is not None
+    assert after.temperatures[0] == before.temperatures[0]
+    assert after.temperatures[1] != before.temperatures[1]
+    np.testing.assert_array_equal(after.probability[mine], before.probability[mine])
+    expected = scale(scored.probabilities_NL[mine, ANY], before.temperatures[0])
+    np.testing.assert_array_equal(before.probability[mine], expected)
+
+
+def test_temperature_of_noise_does_not_flatter() -> None:
+    """Probabilities that are as good as they can be: scaling by another's temperature must not look like a gain."""
+    rng, gains = np.random.default_rng(0), []
+    for _ in range(20):
+        scored = make_scored(patients=30, slices=2)
+        probability = rng.uniform(0.2, 0.8, len(scored))
+        scored.probabilities_NL[:, ANY] = probability
+        scored.labels_NL[:, ANY] = rng.random(len(scored)) < probability
+        figures = score_label(scored, ANY)
+        gains.append(figures["log_loss"] - figures["log_loss_scaled"])
+    assert np.mean(gains) < 0
+
+
+def test_scaled_figures_are_those_of_scikit_learn_on_the_scaled_probabilities() -> None:
+    scored = make_scored(folds=2)
+    figures, judged = score(scored), judge(scored)
+    after = np.stack([one.scaled.probability for one in judged if one.scaled], axis=1)
+    truth = scored.labels_NL[:, ANY]
+    assert figures["any"]["log_loss_scaled"] == pytest.approx(sklearn.metrics.log_loss(truth, after[:, ANY]))
+    assert figures["any"]["brier_scaled"] == pytest.approx(sklearn.metrics.brier_score_loss(truth, after[:, ANY]))
+    assert figures["weighted_log_loss_scaled"] == pytest.approx(weighted_log_loss(scored.labels_NL, after))
+    bins, bins_after = reliabilities(judged)["any"]
+    assert bins_after is not None
+    assert (figures["any"]["ece"], figures["any"]["ece_scaled"]) == (bins.error, bins_after.error)
+
+
+def test_each_patient_drawn_once_gives_the_figures_themselves() -> None:
+    """The bootstrap's way of computing and the plain one agree, for every figure that has an interval."""
+    scored = make_scored(patients=30, folds=2, unknown=0.2)
+    figures, judged = score(scored), judge(scored)
+    patients = sorted(set(scored.patient_N))
+    for key, statistic in statistics(scored, judged, patients=patients).items():
+        label = key.split("/")[0]
+        expected = {"log_loss": figures["weighted_log_loss"]} if label == "weighted" else figures[label]
+        for name, value in statistic.of(np.ones((1, 30))).items():
+            assert value[0] == pytest.approx(expected[name], abs=1e-12), key
+
+
+def test_intervals_stand_behind_their_figures_and_hold_them() -> None:
+    scored = make_scored(patients=60, folds=2)
+    judged, patients = judge(scored), sorted(set(scored.patient_N))
+    drawn = resample(statistics(scored, judged, patients=patients), patients=60, resamples=300, seed=0)
+    figures = with_intervals(score(scored), drawn)
+    for name in ("auc", "average_precision", "log_loss", "brier", *RATES):
+        low, high = figures["any"][f"{name}_ci"]
+        assert low < figures["any"][name] < high
+        names = list(figures["any"])
+        assert names.index(f"{name}_ci") == names.index(name) + 1
+    low, high = figures["weighted_log_loss_ci"]
+    assert low < figures["weighted_log_loss"] < high
+    low, high = figures["macro"]["auc_ci"]
+    assert low < figures["macro"]["auc"] < high
+    mean = np.mean([drawn[f"{label}/ranks"]["auc"] for label in LABELS], axis=0)
+    assert [low, high] == interval(mean)
+
+
+def test_intervals_do_not_depend_on_the_order_of_the_rows() -> None:
+    scored = make_scored(patients=20, folds=2)
+    order = np.random.default_rng(0).permutation(len(scored))
+    other = Scored(*(getattr(scored, name)[order] for name in Scored.__dataclass_fields__))
+    patients = sorted(set(scored.patient_N))
+    one, two = (
+        resample(statistics(rows, judge(rows), patients=patients), patients=20, resamples=60, seed=0)
+        for rows in (scored, other)
+    )
+    for key, figures in one.items():
+        for name, values in figures.items():
+            np.testing.assert_allclose(values, two[key][name], atol=1e-12)
+
+
+def test_precision_recall_curves_are_points_of_scikit_learns_from_end_to_end() -> None:
+    scored = make_scored(patients=200)
+    curves = {curve.label: curve for curve in precision_recall_curves(scored, points=50)}
+    assert set(curves) == set(LABELS)
+    precision, recall, _ = sklearn.metrics.precision_recall_curve(scored.labels_NL[:, 0], scored.probabilities_NL[:, 0])
+    whole, found = set(zip(recall, precision, strict=True)), curves["epidural"]
+    assert set(zip(found.recall, found.precision, strict=True)) <= whole
+    assert (found.recall[0], found.recall[-1]) == (0, 1)
+    assert len(found.recall) <= 50
 
 
 def test_weighted_log_loss_equals_scikit_learns_with_label_weights() -> None:
@@ -114,7 +306,8 @@ def test_label_with_one_class_gives_null_without_a_warning(value: int) -> None:
         figures = score(scored)
         study = score(to_studies(scored))
         curves = roc_curves(scored)
-    for key in ("auc", "average_precision", "sensitivity", "specificity", "thresholds"):
+    fitted = ("thresholds", "temperatures", "confusion", "ece_scaled", "ppv_at_prevalence", "sensitivity_at_90")
+    for key in ("auc", "average_precision", *RATES, *fitted):
         assert figures["epidural"][key] is None
     assert figures["macro"]["labels"] == study["macro"]["labels"] == 5
     assert "epidural" not in {curve.label for curve in curves}

@@ -1,0 +1,659 @@
+"""New studies through trained networks: found, repaired, ordered, windowed and looked at by the functions that made the training.
+
+This is the one module on both sides of the wall: what index and preprocess make of DICOM goes, study by study, to the networks.
+A network knows only what it was trained on. A study that is something else is refused by name; a person may override that, and
+the result then says so.
+Axes: N slices, S slices of a study, R rows, C columns, W windows, L labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import MODEL_FORMAT
+from pipeline.cluster import run_tasks
+from pipeline.config import Config, SequenceConfig, Source, Window, differences
+from pipeline.convert import SliceReader, StudyResult, StudyTask, count_parts, make_shards, shard_path
+from pipeline.device import choose_device, choose_precision
+from pipeline.errors import CheckpointError, LabelError, SourceError, StoreError
+from pipeline.files import remove_folder, written_whole
+from pipeline.head import BONE_HU
+from pipeline.index import HEADER_COLUMNS, classify, read_header_table
+from pipeline.inference import predict
+from pipeline.labels import ANY, HEADER, LABELS, SUBTYPES, UNKNOWN
+from pipeline.loader import Batch, BatchName, Loader, SliceDataset, name_batches
+from pipeline.manifest import EXCLUDED, REASONS, kept
+from pipeline.model import SliceNet, build_model
+from pipeline.pixels import PixelFault
+from pipeline.preprocess import SLICES_PER_TASK, Plan
+from pipeline.progress import Progress
+from pipeline.reader import SliceReader as ShardReader
+from pipeline.reader import shard_name
+from pipeline.sequence import StudyFeatures, predict_sequence
+from pipeline.sheet import SHORT, draw_suspects
+from pipeline.source import FILE_COLUMNS, find_files
+from pipeline.store import Store
+from pipeline.survey import SCOPE, find_crop, measure_scope
+
+MODEL_FILE = "model.pt"
+
+NEEDED = {"members", "sequence", "windows", "image_size", "params", "fold", "store_digest"}
+"""What a model's file must hold."""
+
+NEEDED_PARAMS = {"model", "neighbours", "dropout", "batch_size", "test_flips", "precision", "sequence"}
+
+SAME = ("windows", "image_size", "params", "store_digest")
+"""What the folds of one run have in common."""
+
+BEYOND = 1.25
+"""How far outside that range a study may still lie: a quarter is less than augmentation and tilted heads make of it."""
+
+FEWEST_SLICES = 8
+"""Fewer are no head: at 5 mm they cover 40 of its 150 mm."""
+
+CAVITY_MM2, CAVITY_SLICES = 3000.0, 3
+"""Soft tissue that bone encloses, in so many slices: the brain. Measured: 16,000 to 18,600 in the largest slice of a real head
+and of twelve phantoms, in half of the slices and more; 1,100 in a phantom of plastic. Bodies and necks enclose less: ribs and
+vertebrae are no closed ring, and a vertebra's canal has 300."""
+
+SOFT_HU = (-50.0, 150.0)
+NOT_CHECKED = "contrast medium (headers are not asked for it)"
+
+EVEN = 8
+"""Batches are of a multiple of so many slices: oneDNN sums in another order where N is odd. Beside training's batches of 32, batches
+of 24 and 16 then give the same logits bit for bit, of 23 and 25 others by 1e-5, which is up to 2.5e-6 of a probability."""
+
+DECIMALS = 8
+"""Of probabilities in JSON: what float32 holds of the small ones that log loss looks at."""
+
+SUSPECTS = 12
+"""Slices on a study's sheet."""
+
+PREDICTED, REFUSED, ANYWAY = "predicted", "refused", "predicted anyway"
+
+
+@dataclass(frozen=True)
+class TrainedFold:
+    """The networks of one fold, ready to look."""
+
+    fold: int
+    sha256: str
+    """Of its file."""
+    networks: list[SliceNet]
+    """Whose logits are averaged."""
+    sequence: dict[str, Tensor] | None
+    origin: dict[str, Any]
+    """The store, code and torch that it was trained with."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """All folds of one run, and what they want to see."""
+
+    folds: list[TrainedFold]
+    params: dict[str, Any]
+    windows: dict[str, Window]
+    image_size: int
+    crop: str
+    scope: Mapping[str, Sequence[float] | None]
+    """Lowest and highest of each of `SCOPE` in training; None where no study told."""
+    device: torch.device
+
+    @property
+    def digest(self) -> str:
+        """The first 12 digits of each file's SHA-256."""
+        return "+".join(fold.sha256[:12] for fold in self.folds)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for people and programs."""
+        return {
+            "digest": self.digest,
+            "folds": [{"fold": fold.fold, "sha256": fold.sha256, **fold.origin} for fold in self.folds],
+            "name": self.params["model"],
+            "image_size": self.image_size,
+            "crop": self.crop,
+            "windows": {name: window.model_dump() for name, window in self.windows.items()},
+            "trained_on": {name: list(found) if found else None for name, found in self.scope.items()},
+        }
+
+
+class Study(NamedTuple):
+    """What became of a study."""
+
+    uid: str
+    status: str
+    """Predicted, refused, or predicted anyway."""
+    warnings: list[str]
+    """Why it was, or would have been, refused; and what else is amiss."""
+    slices: int
+    table: pd.DataFrame | None = None
+    """One row a slice, in order: slice, image_id, position_mm, and the probability of each label."""
+    sheet: str = ""
+    """Name of its picture."""
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """The highest of its slices, as `pipeline.metrics.to_studies` has it; empty where it was refused."""
+        return {} if self.table is None else {name: float(self.table[name].max()) for name in LABELS}
+
+    @property
+    def suspicious_slice(self) -> int | None:
+        """The one with the highest probability of any bleed."""
+        return None if self.table is None else int(self.table["any"].argmax())
+
+
+# ---- the model
+
+
+def find_models(path: Path) -> list[Path]:
+    """The files of a run's folds, or of the one that is named.
+
+    Args:
+        path: a ``model.pt``, a fold's folder, or the folder of all folds.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if path.is_file():
+        return [path]
+    found = [path / MODEL_FILE] if (path / MODEL_FILE).is_file() else sorted(path.glob(f"fold-*/{MODEL_FILE}"))
+    if not found:
+        raise CheckpointError(
+            f"{path}: no model; run `python -m stages.train` (or `dvc repro`) first, or give --model a {MODEL_FILE}, or a "
+            f"folder with one or with fold-K/{MODEL_FILE} in it"
+        )
+    return found
+
+
+def read_model(paths: Sequence[Path], *, device: str, store: Path) -> Model:
+    """Read the folds of one run.
+
+    Args:
+        paths: of `find_models`.
+        device: `auto`, or torch's name of a device.
+        store: the training store, asked only where a model does not itself hold what it was trained on.
+
+    Raises:
+        CheckpointError: a file is damaged or of another format, two folds are not of one run, or the store is another one.
+    """
+    contents = [_read_file(path) for path in paths]
+    first = contents[0]
+    for path, content in zip(paths, contents, strict=True):
+        for key in SAME:
+            for name, (found, expected) in differences(content[key], first[key], key).items():
+                raise CheckpointError(
+                    f"{path}: made with {name} = {found!r}, {paths[0]} with {expected!r}; folds of two runs are not averaged: "
+                    f"give --model one of them, or train them again"
+                )
+    chosen = choose_device(device)
+    crop, scope = _what_it_saw(first, paths[0], store)
+    return Model(
+        folds=[_make_fold(path, content, chosen) for path, content in zip(paths, contents, strict=True)],
+        params=first["params"],
+        windows={name: Window(**window) for name, window in first["windows"].items()},
+        image_size=first["image_size"],
+        crop=crop,
+        scope=scope,
+        device=chosen,
+    )
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    # on damaged bytes torch.load raises what it stumbles on: struct.error, AssertionError ...
+    except Exception as error:
+        first_line = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise CheckpointError(f"{path}: cannot be read as a model ({first_line}); train it again") from None
+    lacks = _say_what_it_lacks(content)
+    if lacks:
+        raise CheckpointError(f"{path}: not a model that stages.train made ({lacks}); train it again with this version")
+    if content.get("format", MODEL_FORMAT) != MODEL_FORMAT:
+        raise CheckpointError(
+            f"{path}: a model of format {content['format']!r}, this version reads {MODEL_FORMAT}; train it again"
+        )
+    found: dict[str, Any] = content
+    return found
+
+
+def _say_what_it_lacks(content: Any) -> str:
+    if not isinstance(content, dict):
+        return f"it holds a {type(content).__name__}"
+    params = content.get("params")
+    missing = NEEDED - set(content) or NEEDED_PARAMS - set(params if isinstance(params, dict) else {})
+    if missing:
+        return f"it lacks {', '.join(sorted(missing))}"
+    has_sequence = isinstance(content["sequence"], dict) and "features.mean" in content["sequence"]
+    is_wanted = content["params"]["sequence"]["kind"] != "none"
+    return "it lacks the weights of its sequence model" if is_wanted and not has_sequence else ""
+
+
+def _make_fold(path: Path, content: dict[str, Any], device: torch.device) -> TrainedFold:
+    params = content["params"]
+    channels = len(content["windows"]) * (2 * params["neighbours"] + 1)
+    networks = []
+    for weights in content["members"]:
+        network = build_model(params["model"], channels=channels, dropout=params["dropout"])
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{path}: its weights do not fit {params['model']} as it is now ({str(error).splitlines()[-1].strip()[:160]}); "
+                f"train it again"
+            ) from None
+        # channels_last, as in training: another order of sums would change the last digits
+        networks.append(network.to(device, memory_format=torch.channels_last).eval())  # type: ignore[call-overload]
+    origin = {key: content.get(key) for key in ("store_digest", "folds_digest", "code", "torch")}
+    return TrainedFold(
+        content["fold"], hashlib.sha256(path.read_bytes()).hexdigest(), networks, content["sequence"], origin
+    )
+
+
+def _what_it_saw(content: dict[str, Any], path: Path, store: Path) -> tuple[str, Mapping[str, Sequence[float] | None]]:
+    """How the training studies were cut out, and their ranges: of the model, or else of its store."""
+    if "scope" in content:
+        return content["crop"], content["scope"]
+    try:
+        opened = Store(store)
+    except StoreError as error:
+        raise CheckpointError(
+            f"{path} does not hold what it was trained on, and its store cannot be asked: {error}"
+        ) from None
+    if opened.digest != content["store_digest"]:
+        raise CheckpointError(
+            f"{path}: trained on store {content['store_digest'][:12]}, and {store} is {opened.digest[:12]}; give --data the "
+            f"folder of the store that it was trained on, or train it again"
+        )
+    return find_crop(opened), measure_scope(opened)
+
+
+# ---- what a model is not for
+
+
+def list_faults(slices: pd.DataFrame, scope: Mapping[str, Sequence[float] | None]) -> list[str]:
+    """Why a model is not for a study, by the headers of its slices: a sentence each."""
+    faults = [f"{len(slices)} slices, fewer than {FEWEST_SLICES}"] if len(slices) < FEWEST_SLICES else []
+    values = slices.iloc[0].to_dict() | {"slice_spacing_mm": slices["gap_mm"].median()}
+    for name, meaning in SCOPE.items():
+        value, trained = float(values[name]), scope[name]
+        if trained and not np.isnan(value) and not trained[0] / BEYOND <= value <= trained[1] * BEYOND:
+            faults.append(f"{meaning} {value:.2f} mm, trained on {trained[0]:.2f} to {trained[1]:.2f}")
+    return faults
+
+
+def shows_brain(coarse_hu: npt.NDArray[np.floating], *, side_mm: float) -> bool:
+    """Whether bone encloses soft tissue of a brain's size in some slices.
+
+    Args:
+        coarse_hu: float32 [slice, row, column] in HU, as `pipeline.head.find_head` takes it.
+        side_mm: side of that field of view.
+    """
+    pixel_mm2 = (side_mm / coarse_hu.shape[1]) ** 2
+    return sum(_cavity_pixels(one) * pixel_mm2 >= CAVITY_MM2 for one in coarse_hu) >= CAVITY_SLICES
+
+
+def _cavity_pixels(coarse_hu: npt.NDArray[np.floating]) -> int:
+    """Pixels of the largest piece of soft tissue that bone encloses in one slice, [row, column]."""
+    outside = np.pad((coarse_hu > BONE_HU).astype(np.uint8), 1)  # the frame is outside, and is one piece
+    cv2.floodFill(outside, None, (0, 0), 1)
+    soft = (outside[1:-1, 1:-1] == 0) & (coarse_hu > SOFT_HU[0]) & (coarse_hu < SOFT_HU[1])
+    _, pieces = cv2.connectedComponents(soft.astype(np.uint8), connectivity=4)
+    return int(np.bincount(pieces.ravel())[1:].max(initial=0))
+
+
+def _read_coarse(task: StudyTask) -> npt.NDArray[np.float32]:
+    """The study's slices, as far as they can be read, in the size in which the head is looked for."""
+    reader = SliceReader(image_size=task.image_size, windows=task.windows)
+    coarse = []
+    for container, facts in zip(task.containers, task.slices, strict=True):
+        with suppress(PixelFault):  # it is named when it is read in earnest
+            coarse.append(reader.read_coarse(container, facts, task.whole))
+    return np.stack(coarse)
+
+
+# ---- the studies
+
+
+def index_studies(paths: Sequence[str], config: Config) -> pd.DataFrame:
+    """The manifest of new studies, as `pipeline.index.build_manifest` makes it, but that all may be excluded.
+
+    Raises:
+        SourceError: a path does not exist or cannot be read, or there is no file.
+    """
+    config = config.model_copy(update={"source": Source(dicom=list(paths), labels=None)})
+    none_known = pd.DataFrame(columns=[*FILE_COLUMNS, *HEADER_COLUMNS, "pixel_digest", "version"])
+    try:
+        files = find_files(config.source.entries)
+    except SourceError as error:
+        raise SourceError(str(error).replace("source.dicom: ", "").replace("set it to", "give")) from None
+    manifest = classify(read_header_table(files, config, none_known), config)
+    if not (manifest["study_uid"] != "").any():
+        raise SourceError(f"{', '.join(paths)}: {len(files):,} files found, and none of them is a DICOM slice")
+    return manifest
+
+
+def predict_studies(
+    manifest: pd.DataFrame, model: Model, config: Config, *, paths: Sequence[str], sheets: Path, anyway: bool
+) -> Iterator[Study]:
+    """What the model says of each study, as they get ready; the refused ones first.
+
+    Args:
+        manifest: of `index_studies`.
+        model: of `read_model`.
+        config: how many processes convert; all else is the model's.
+        paths: those of `index_studies`.
+        sheets: folder for a picture of each study.
+        anyway: predict also what would be refused.
+    """
+    config = _as_trained(config, model, paths)
+    slices = kept(manifest).reset_index(drop=True)
+    yield from _refuse_empty(manifest, slices)
+    if slices.empty:
+        return
+    with TemporaryDirectory(prefix="ichor-") as folder:
+        plan = Plan(slices, config, Path(folder))
+        of_study = [slices.iloc[start:stop] for start, stop in plan.bounds]
+        faults = [list_faults(one, model.scope) for one in of_study]
+        chosen = [number for number in range(len(plan)) if anyway or not faults[number]]
+        for number in sorted(set(range(len(plan))) - set(chosen)):
+            yield _refuse(of_study[number], faults[number])
+        numbers = {name: number for number, name in enumerate(plan.fingerprints)}
+        with Progress(sum(map(plan.count_slices, chosen)), what="predict", unit="slices") as progress:
+            for result in _convert(plan, chosen, config):
+                number = numbers[result.fingerprint]
+                made = _Made(plan.task(number), result, of_study[number], faults[number])
+                yield _finish(made, model, sheet=_sheet_path(sheets, number, made.uid), anyway=anyway)
+                progress.advance(len(made.slices))
+
+
+def _as_trained(config: Config, model: Model, paths: Sequence[str]) -> Config:
+    """The parameters with the model's own image size, crop and windows, for these paths."""
+    preprocess = {"image_size": model.image_size, "crop": model.crop, "windows": model.windows, "scheduler": None}
+    return config.model_copy(
+        update={
+            "source": Source(dicom=list(paths), labels=None),
+            "preprocess": config.preprocess.model_copy(update=preprocess),
+        }
+    )
+
+
+def _refuse_empty(manifest: pd.DataFrame, slices: pd.DataFrame) -> Iterator[Study]:
+    """Studies of which no file is a usable axial CT slice."""
+    rest = manifest[(manifest["study_uid"] != "") & ~manifest["study_uid"].isin(set(slices["study_uid"]))]
+    for uid, files in rest.groupby("study_uid", sort=True):
+        reasons = "; ".join(f"{count} × {REASONS[code][1]}" for code, count in files["reason"].value_counts().items())
+        yield Study(str(uid), REFUSED, [f"no usable axial CT slice: {reasons}"], 0)
+
+
+def _refuse(slices: pd.DataFrame, warnings: list[str]) -> Study:
+    return Study(slices["study_uid"].iloc[0], REFUSED, warnings, len(slices))
+
+
+def _convert(plan: Plan, chosen: Sequence[int], config: Config) -> Iterator[StudyResult]:
+    """The studies' shards, by the function that makes the training's, in as many processes."""
+    slices = sum(map(plan.count_slices, chosen))
+    workers = 0 if slices <= SLICES_PER_TASK else config.preprocess.workers  # not worth starting processes for
+    tasks = ([plan.task(number)] for number in chosen)
+    for results in run_tasks(make_shards, tasks, workers=workers, scheduler=None, describe=lambda _: "a study"):
+        yield from results
+
+
+def _sheet_path(sheets: Path, number: int, uid: str) -> Path:
+    """A name that no identifier can turn into another folder's."""
+    return sheets / f"{number:04d}-{re.sub(r'[^A-Za-z0-9._-]', '_', uid)}.png"
+
+
+class _Made(NamedTuple):
+    """A study whose shards are made."""
+
+    task: StudyTask
+    result: StudyResult
+    slices: pd.DataFrame
+    """Of the manifest."""
+    faults: list[str]
+    """By its headers."""
+
+    @property
+    def uid(self) -> str:
+        return str(self.slices["study_uid"].iloc[0])
+
+    @property
+    def notes(self) -> list[str]:
+        """What is amiss, but no reason to refuse."""
+        codes = pd.Series([code for code in self.result.faults.values() if REASONS[code][0] == EXCLUDED], dtype=object)
+        holes = int((self.slices["spacing"] == "hole").sum())
+        return [
+            *(f"{count} slices left out: {REASONS[code][1]}" for code, count in codes.value_counts().items()),
+            *([f"slices seem to be missing at {holes} place(s)"] if holes else []),
+        ]
+
+
+def _finish(made: _Made, model: Model, *, sheet: Path, anyway: bool) -> Study:
+    """Look at the pixels, and refuse or predict."""
+    slices = made.slices[np.array(made.result.kept)].reset_index(drop=True)
+    if slices.empty:
+        return _refuse(made.slices, [*made.faults, *made.notes])
+    with _open_shards(made, len(slices), model) as reader:
+        has_brain = shows_brain(_read_coarse(made.task), side_mm=made.task.whole.side_mm)
+        faults = made.faults if has_brain else [*made.faults, "no head found: no skull around a brain"]
+        warnings = [*faults, *made.notes]
+        if faults and not anyway:
+            return _refuse(made.slices, warnings)
+        table = _tabulate(slices, _ask_folds(reader, slices, model))
+        _draw(reader, table, made.uid, model, warnings=warnings, path=sheet)
+    return Study(made.uid, ANYWAY if faults else PREDICTED, warnings, len(slices), table, sheet.name)
+
+
+@contextmanager
+def _open_shards(made: _Made, count: int, model: Model) -> Iterator[ShardReader]:
+    """A reader of the one study, as of a store's; its shards are gone afterwards."""
+    folder = made.task.shards / made.task.fingerprint
+    folder.mkdir()
+    try:
+        for part in range(count_parts(count)):
+            shard_path(made.task.shards, made.task.fingerprint, part).rename(folder / shard_name(0, part))
+        shape = (model.image_size, model.image_size, len(model.windows))
+        yield ShardReader(folder, study_uids=np.array([made.uid]), num_slices=np.array([count]), shape=shape)
+    finally:
+        remove_folder(folder)
+
+
+def _ask_folds(reader: ShardReader, slices: pd.DataFrame, model: Model) -> npt.NDArray[np.float32]:
+    """The folds' mean probabilities [S, L], as `pipeline.evaluate.average_folds` takes it."""
+    count = len(slices)
+    where_S2 = np.stack([np.zeros(count, np.int64), np.arange(count)], axis=1)
+    labels_SL = np.full((count, len(LABELS)), UNKNOWN, np.int8)
+    dataset = SliceDataset(reader, where_S2, labels_SL, neighbours=model.params["neighbours"])
+    loader = Loader(dataset, workers=0, pin=model.device.type == "cuda")
+    batches = list(loader.batches(_name_even_batches(count, model.params["batch_size"])))
+    position_mm = slices["position_mm"].to_numpy(np.float32)
+    logits = [_ask_fold(fold, batches, position_mm, model) for fold in model.folds]
+    mean_SL: npt.NDArray[np.float32] = torch.from_numpy(np.stack(logits)).sigmoid().numpy().mean(axis=0)
+    return mean_SL
+
+
+def _name_even_batches(count: int, most: int) -> list[BatchName]:
+    """Batches of one size, a multiple of `EVEN`, about `most` each; the last slice again and again fills up the last."""
+    batches = -(-count // most)
+    size = EVEN * -(-count // (batches * EVEN))
+    return name_batches(np.minimum(np.arange(batches * size), count - 1), batch_size=size)
+
+
+def _ask_fold(
+    fold: TrainedFold, batches: list[Batch], position_mm: npt.NDArray[np.float32], model: Model
+) -> npt.NDArray[np.float32]:
+    """One fold's logits [S, L], as `pipeline.trainer.Trainer.see_slices` and `pipeline.fold` make them."""
+    seen = [
+        predict(
+            network,
+            batches,
+            device=model.device,
+            precision=choose_precision(model.params["precision"], model.device),
+            flips=model.params["test_flips"],
+            with_features=fold.sequence is not None,
+        )
+        for network in fold.networks
+    ]
+    count = len(position_mm)
+    logits_SL: npt.NDArray[np.float32] = np.stack([one.logits_NL[:count] for one in seen]).mean(axis=0)
+    if fold.sequence is None:
+        return logits_SL
+    study = StudyFeatures(
+        features_NF=seen[-1].features_NF[:count],
+        logits_NL=logits_SL,
+        position_mm_N=position_mm,
+        labels_NL=np.full(logits_SL.shape, UNKNOWN, np.int8),
+        first_B=np.zeros(1, np.int64),
+        count_B=np.array([count]),
+    )
+    config = SequenceConfig.model_validate(model.params["sequence"])
+    return predict_sequence(fold.sequence, study, config=config, device=model.device)
+
+
+def _tabulate(slices: pd.DataFrame, probabilities_SL: npt.NDArray[np.float32]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "slice": np.arange(len(slices)),
+            "image_id": slices["image_id"].to_numpy(object),
+            "position_mm": slices["position_mm"].to_numpy(np.float32),
+            **{name: probabilities_SL[:, label] for label, name in enumerate(LABELS)},
+        }
+    )
+
+
+def _draw(
+    reader: ShardReader, table: pd.DataFrame, uid: str, model: Model, *, warnings: Sequence[str], path: Path
+) -> None:
+    """The most suspicious slices in their order."""
+    worst = np.sort(np.argsort(-table["any"].to_numpy(), kind="stable")[:SUSPECTS])
+    shown = table.iloc[worst]
+    likeliest = shown[list(SUBTYPES)].to_numpy()
+    picture = draw_suspects(
+        reader.read_study(0)[worst],
+        windows=model.windows,
+        probabilities=shown["any"].tolist(),
+        captions=[f"{row.slice}   {row.position_mm:.1f} mm" for row in shown.itertuples()],
+        findings=[f"{SHORT[SUBTYPES[k]]} {one[k]:.2f}" for one, k in zip(likeliest, likeliest.argmax(1), strict=True)],
+        heading=f"study {uid}: the {len(shown)} most suspicious of {len(table)} slices",
+        subheading=", ".join(f"{name} {table[name].max():.2f}" for name in (LABELS[ANY], *SUBTYPES)),
+        warnings=warnings,
+    )
+    with written_whole(path) as temporary:
+        picture.save(temporary, "png")
+
+
+# ---- what is written
+
+
+def slice_table(studies: Sequence[Study], model: Model) -> pd.DataFrame:
+    """One row a slice of the studies that were predicted."""
+    tables = [
+        study.table.assign(study_uid=study.uid, warnings="; ".join(study.warnings))
+        for study in studies
+        if study.table is not None
+    ]
+    columns = ["study_uid", "slice", "image_id", "position_mm", *LABELS, "warnings"]
+    table = pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
+    return table.assign(model=model.digest)
+
+
+def study_table(studies: Sequence[Study], model: Model) -> pd.DataFrame:
+    """One row a study, the refused ones too: their probabilities are empty."""
+    rows = [
+        {
+            "study_uid": study.uid,
+            "status": study.status,
+            "slices": study.slices,
+            **{name: study.probabilities.get(name) for name in LABELS},
+            "suspicious_slice": study.suspicious_slice,
+            "sheet": study.sheet,
+            "warnings": "; ".join(study.warnings),
+            "model": model.digest,
+        }
+        for study in studies
+    ]
+    table = pd.DataFrame(rows)
+    return table.astype({"suspicious_slice": "Int64"} | dict.fromkeys(LABELS, "float32"))
+
+
+def describe_result(studies: Sequence[Study], model: Model, accounting: dict[str, Any]) -> dict[str, Any]:
+    """All of it as plain values, for programs."""
+    unknown = [SCOPE[name] for name, found in model.scope.items() if not found]
+    return {
+        "notice": "research software, not a medical device",
+        "model": model.describe(),
+        "accounting": accounting,
+        "not_checked": [NOT_CHECKED, *(f"{meaning} (no training study told its own)" for meaning in unknown)],
+        "studies": [_describe_study(study) for study in studies],
+    }
+
+
+def _describe_study(study: Study) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "study_uid": study.uid,
+        "status": study.status,
+        "warnings": study.warnings,
+        "probabilities": {name: round(value, DECIMALS) for name, value in study.probabilities.items()} or None,
+        "suspicious_slice": study.suspicious_slice,
+        "sheet": study.sheet or None,
+        "slices": [],
+    }
+    if study.table is not None:
+        columns = [column.tolist() for _, column in study.table.items()]
+        for values in zip(*columns, strict=True):
+            row = dict(zip(study.table.columns, values, strict=True))
+            rounded = {name: round(value, DECIMALS) for name, value in row.items() if isinstance(value, float)}
+            described["slices"].append(row | rounded)
+    return described
+
+
+def submission(slices: pd.DataFrame, sample: Path | None, *, anyway: bool) -> pd.DataFrame:
+    """Kaggle's form: ID and Label, six rows an image.
+
+    Args:
+        slices: of `slice_table`.
+        sample: the competition's sample, whose rows and order are taken; None for the slices as they come.
+        anyway: take the sample's own Label where there is no prediction.
+
+    Raises:
+        LabelError: the sample is not of that form, or has rows without a prediction.
+    """
+    ids = [f"{image}_{name}" for image in slices["image_id"] for name in LABELS]
+    ours = pd.Series(slices[list(LABELS)].to_numpy(np.float32).ravel(), index=ids, dtype=np.float32)
+    if sample is None:
+        return pd.DataFrame({"ID": ours.index, "Label": ours.to_numpy()})
+    wanted = _read_sample(sample)
+    found = ours.reindex(wanted["ID"]).to_numpy()
+    missing = np.isnan(found)
+    if missing.any() and not anyway:
+        raise LabelError(
+            f"{sample}: {missing.sum():,} of its {len(wanted):,} rows have no prediction, {wanted['ID'][missing.argmax()]} first; "
+            f"give the files that are missing, or --anyway to take the sample's own Label there"
+        )
+    return pd.DataFrame({"ID": wanted["ID"], "Label": np.where(missing, wanted["Label"], found).astype(np.float32)})
+
+
+def _read_sample(path: Path) -> pd.DataFrame:
+    try:
+        wanted = pd.read_csv(path, dtype={"ID": str, "Label": np.float32})
+    except FileNotFoundError:
+        raise LabelError(f"{path}: the sample does not exist; give --sample a CSV with the columns ID,Label") from None
+    except (OSError, ValueError) as error:
+        raise LabelError(f"{path}: not a CSV with ID,Label ({' '.join(str(error).split())[:160]})") from None
+    if list(wanted.columns) != HEADER:
+        raise LabelError(f"{path}: expected the header ID,Label, found {','.join(map(str, wanted.columns))[:80]!r}")
+    return wanted

@@ -1,0 +1,433 @@
+"""The viewer: a local page to walk the store, study by study, with labels and predictions along the slices.
+
+Served from memory to this machine alone: the socket is on loopback, every address begins with a secret drawn at the start, a Host
+header of another name is refused (a foreign page whose name is made to point at 127.0.0.1 sends its own), and nothing but GET is
+answered. No path of a request reaches the file system, and nothing is kept in the browser's cache on disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import json
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from pipeline.errors import DamageError, IchorError, SourceError
+from pipeline.gallery import UNDECIDED
+from pipeline.labels import LABELS, UNKNOWN
+from pipeline.manifest import USED
+from pipeline.metrics import Scored, decide, to_studies
+from pipeline.sheet import SHORT
+from pipeline.store import Store
+
+HOST = "127.0.0.1"
+LOCAL_NAMES = {HOST, "localhost"}
+"""What a Host header may say, with any port: through an SSH tunnel the browser's port may be another than ours."""
+
+SECRET_BYTES = 24
+"""192 bits: not to be guessed."""
+
+IDLE_SECONDS = 60
+"""After which a silent connection is closed and its thread ends."""
+
+OBLIQUE = 0.2
+"""A second letter of orientation is shown from here on: 12°, as most gantries are tilted by less or not at all."""
+
+DECIMALS = 5
+"""Of probabilities on the page; it shows three."""
+
+NO_FOLD = -1
+
+PAGE = Path(__file__).with_name("viewer.html")
+NONCE = b"{{nonce}}"
+
+Calls = npt.NDArray[np.int8]
+"""1 called positive, 0 not, −1 where no label is known."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the trained folds said of the store's slices. S studies, K slots on the slice axis, L labels."""
+
+    probabilities_SKL: npt.NDArray[np.float64]
+    """NaN where nothing was predicted."""
+    fold_S: npt.NDArray[np.int64]
+    """The fold that held the study out; −1 where none did (not predicted, or without labels: then the folds' mean is shown)."""
+    notes: list[str]
+    """What the reader of the page should know: what was left out, and why."""
+
+
+def read_predictions(train: Path, store: Store) -> Predictions:
+    """Read the predictions of every fold below `train` that was trained on this store; what cannot be used is noted, not raised."""
+    total_SKL = np.zeros((*store.image_id.shape, len(LABELS)))
+    count_SK = np.zeros(store.image_id.shape, np.int64)
+    fold_S = np.full(len(store.study), NO_FOLD, np.int64)
+    notes: list[str] = []
+    where_N2 = store.slices
+    stored = pd.Index(store.image_id[where_N2[:, 0], where_N2[:, 1]])
+    for folder in sorted(train.glob("fold-*"), key=lambda path: (len(path.name), path.name)):
+        try:
+            tables, fold = _read_fold(folder, store.digest)
+            held_out, unlabelled = (_locate(table, stored, where_N2) for table in tables)
+            if (fold_S[held_out[0]] != NO_FOLD).any():
+                raise IchorError("predicts studies that another fold held out too")
+        except IchorError as error:
+            notes.append(f"{folder.name} is left out: it {error}")
+            continue
+        fold_S[held_out[0]] = fold
+        for table, (study_N, slice_N) in zip(tables, (held_out, unlabelled), strict=True):
+            total_SKL[study_N, slice_N] += table[list(LABELS)].to_numpy(np.float64)
+            count_SK[study_N, slice_N] += 1
+    if not count_SK.any():
+        notes.append("No predictions yet; after `dvc repro` they stand here beside the labels")
+    folds_SK1 = count_SK[..., None]
+    return Predictions(np.where(folds_SK1 > 0, total_SKL / np.maximum(folds_SK1, 1), np.nan), fold_S, notes)
+
+
+def _locate(table: pd.DataFrame, stored: pd.Index, where_N2: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Study and slice number of each row: int64 [2, N]."""
+    number_N = stored.get_indexer(pd.Index(table["image_id"]))
+    if (number_N < 0).any():
+        raise IchorError("predicts slices that the store does not hold")
+    return where_N2[number_N].T
+
+
+def _read_fold(folder: Path, store_digest: str) -> tuple[tuple[pd.DataFrame, pd.DataFrame], int]:
+    """A fold's predictions, held out and unlabelled, and its number; what is wrong with it is said as ``it …``."""
+    try:
+        summary = json.loads((folder / "summary.json").read_bytes())
+        held_out, unlabelled = (pd.read_parquet(folder / f"{name}.parquet") for name in ("predictions", "unlabelled"))
+        digest, fold = summary["store_digest"], int(summary["fold"])
+        values = np.concatenate([table[list(LABELS)].to_numpy(np.float64) for table in (held_out, unlabelled)])
+        complete = all("image_id" in table and table["image_id"].is_unique for table in (held_out, unlabelled))
+    except FileNotFoundError as error:
+        raise IchorError(f"has no {Path(error.filename).name}; it may still be training") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:  # JSON and Parquet raise kinds of these
+        raise IchorError(f"cannot be read ({type(error).__name__}); train it again") from None
+    if digest != store_digest:
+        raise IchorError(f"was trained on store {str(digest)[:12]}, and this is {store_digest[:12]}")
+    if not (complete and ((values >= 0) & (values <= 1)).all()):  # NaN is neither
+        raise IchorError("does not hold one probability from 0 to 1 a slice and label; train it again")
+    return (held_out, unlabelled), fold
+
+
+Findings = dict[str, dict[str, int]]
+"""Study uid → what was done to its files and why, such as ``excluded: garbage`` → how many."""
+
+
+def read_findings(data: Path) -> Findings:
+    """What `index` and `preprocess` excluded and repaired, by study; nothing where their tables are not beside the store.
+
+    Raises:
+        SourceError: a table is there and cannot be read.
+    """
+    columns = ["study_uid", "status", "reason"]
+    tables = []
+    for path in (data / "index" / "manifest.parquet", data / "preprocess" / "faults.parquet"):
+        try:
+            tables.append(pd.read_parquet(path, columns=columns, filters=[("status", "!=", USED)]))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError) as error:
+            raise SourceError(
+                f"{path}: cannot be read ({type(error).__name__}); run `dvc repro` to make it anew"
+            ) from None
+    findings: Findings = {}
+    for table in tables:
+        for (uid, status, reason), count in table.value_counts(columns).sort_index().items():
+            found = findings.setdefault(uid, {})
+            words = f"{status}: {reason.replace('_', ' ')}"
+            found[words] = found.get(words, 0) + int(count)
+    return findings
+
+
+class Catalogue:
+    """What the page is told of the store and of its studies; pixels are read when a study is opened.
+
+    Args:
+        store: the opened store.
+        predictions: of its slices.
+        findings: what was excluded and repaired on the way into the store.
+    """
+
+    def __init__(self, store: Store, predictions: Predictions, findings: Findings) -> None:
+        self.store, self.predictions, self.findings = store, predictions, findings
+        probabilities_SKL = predictions.probabilities_SKL
+        self.calls_SKL: Calls = np.full(probabilities_SKL.shape, UNKNOWN, np.int8)
+        self.study_calls_SL: Calls = np.full((len(store.study), len(LABELS)), UNKNOWN, np.int8)
+        self.undecided: list[str] = []
+        study_N, slice_N = np.nonzero(~np.isnan(probabilities_SKL[..., 0]))
+        if len(study_N):
+            slices = Scored(
+                store.labels[study_N, slice_N],
+                probabilities_SKL[study_N, slice_N],
+                study_N,
+                store.patient_key[study_N],
+                predictions.fold_S[study_N],
+            )
+            studies = to_studies(slices)
+            self.calls_SKL[study_N, slice_N], _ = call(slices)
+            self.study_calls_SL[studies.study_N], self.undecided = call(studies)
+
+    def overview(self) -> dict[str, Any]:
+        """The store, and of all studies what the list sorts and filters by: one list a fact, six a label, one value a study."""
+        store = self.store
+        count_S, labels_SL, slices_SL = store.num_slices, store.labels.max(axis=1), (store.labels == 1).sum(axis=1)
+        probabilities_SKL = self.predictions.probabilities_SKL
+        wrong_SKL = (self.calls_SKL != UNKNOWN) & (self.calls_SKL != store.labels)
+        return {
+            "digest": store.digest[:12],
+            "image_size": store.image_size,
+            "windows": [
+                {"name": name, "centre": window.centre, "width": window.width} for name, window in store.windows.items()
+            ],
+            "labels": list(LABELS),
+            "short": [SHORT.get(name, "ICH") for name in LABELS],
+            "notes": self.predictions.notes,
+            "undecided": self.undecided,
+            "studies": {
+                "uid": store.study.tolist(),
+                "slices": count_S.tolist(),
+                "fold": self.predictions.fold_S.tolist(),
+                "label": labels_SL.T.tolist(),
+                "positives": slices_SL.T.tolist(),
+                "probability": _columns(_highest(probabilities_SKL, ~np.isnan(probabilities_SKL))),
+                "lowest_of_positives": _columns(1 - _highest(1 - probabilities_SKL, store.labels == 1)),
+                "highest_of_negatives": _columns(_highest(probabilities_SKL, store.labels == 0)),
+                "call": self.study_calls_SL.T.tolist(),
+                "findings": [sum(self.findings.get(uid, {}).values()) for uid in store.study.tolist()],
+                "missed": (wrong_SKL & (store.labels == 1)).sum(axis=1).T.tolist(),
+                "false": (wrong_SKL & (store.labels == 0)).sum(axis=1).T.tolist(),
+            },
+        }
+
+    def describe_study(self, study: int) -> dict[str, Any]:
+        """All but the pixels of one study: its slices' positions, labels, probabilities and calls."""
+        store, count = self.store, int(self.store.num_slices[study])
+        right, bottom = name_directions(store.per_study["orientation"][study])
+        facts = {name: float(store.per_study[name][study]) for name in ("slice_spacing_mm", "thickness_mm", "tilt_deg")}
+        return {
+            "study": study,
+            "slices": count,
+            "findings": self.findings.get(str(store.study[study]), {}),
+            "right": right,
+            "left": _opposite(right),
+            "bottom": bottom,
+            "top": _opposite(bottom),
+            "side_mm": _number(float(store.per_study["box_mm"][study][2])),
+            **{name: _number(value) for name, value in facts.items()},
+            "position_mm": _numbers(store.position_mm[study, :count].astype(np.float64)),
+            "labels": store.labels[study, :count].tolist(),
+            "probabilities": [_numbers(row) for row in self.predictions.probabilities_SKL[study, :count]],
+            "calls": self.calls_SKL[study, :count].tolist(),
+        }
+
+    def read_study(self, study: int) -> bytes:
+        """One study in one piece: a line of JSON (`describe_study`, and `damaged`: slice → what is wrong with it), then its pixels.
+
+        The pixels are uint8 [slice, row, column, window]; a damaged slice is black there.
+        """
+        pixels_SRCW = np.zeros((int(self.store.num_slices[study]), *self.store.reader.shape), np.uint8)
+        damaged = {}
+        for number in range(len(pixels_SRCW)):
+            try:
+                self.store.reader.read_into(study, number, pixels_SRCW[number])
+            except DamageError as damage:
+                pixels_SRCW[number] = 0
+                damaged[number] = str(damage)
+        head = {**self.describe_study(study), "damaged": damaged}
+        return _to_json(head) + b"\n" + pixels_SRCW.tobytes()
+
+
+def call(scored: Scored) -> tuple[Calls, list[str]]:
+    """Call every row as the evaluation does: at a threshold that was chosen on other patients.
+
+    Returns:
+        int8 [N, L]; and the labels that have too few patients for that, which are called at 0.5.
+    """
+    calls_NL = np.full(scored.labels_NL.shape, UNKNOWN, np.int8)
+    undecided = []
+    for label, name in enumerate(LABELS):
+        known_N, _, probability = scored.of(label)
+        decisions = decide(scored, label)
+        calls_NL[known_N, label] = probability >= UNDECIDED if decisions is None else decisions.called
+        if decisions is None:
+            undecided.append(name)
+    return calls_NL, undecided
+
+
+def name_directions(cosines: npt.NDArray[np.floating]) -> tuple[str, str]:
+    """The letters at a slice's right and lower edge, from the direction cosines of its rows and columns, [6].
+
+    R and L, A and P, H and F, for where that edge lies in the patient (PS3.3 C.7.6.1.1.1); the larger first, as in ``PF``.
+    """
+    return _name_direction(cosines[:3].tolist()), _name_direction(cosines[3:].tolist())
+
+
+def _name_direction(cosines: Sequence[float]) -> str:
+    letters = [pair[int(value < 0)] for pair, value in zip(("LR", "PA", "HF"), cosines, strict=True)]
+    order = sorted(range(3), key=lambda axis: -abs(cosines[axis]))
+    return "".join(letters[axis] for axis in order[:2] if abs(cosines[axis]) > OBLIQUE)
+
+
+def _opposite(letters: str) -> str:
+    return letters.translate(str.maketrans("LRPAHF", "RLAPFH"))
+
+
+def _highest(values_SKL: npt.NDArray[np.float64], chosen_SKL: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """The highest of a study's chosen slices, float64 [study, label]; NaN where none of them has a value."""
+    highest_SL = np.where(chosen_SKL & ~np.isnan(values_SKL), values_SKL, -np.inf).max(axis=1)
+    return np.where(np.isfinite(highest_SL), highest_SL, np.nan)
+
+
+def _columns(values_SL: npt.NDArray[np.float64]) -> list[list[float | None]]:
+    """One list a label, with a number a study."""
+    return [_numbers(column) for column in values_SL.T]
+
+
+def _numbers(values: npt.NDArray[np.float64]) -> list[float | None]:
+    return [_number(value) for value in values.tolist()]
+
+
+def _number(value: float) -> float | None:
+    """Rounded; None for what is no number, as JSON has no word for it."""
+    return round(value, DECIMALS) if np.isfinite(value) else None
+
+
+def _to_json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+class ViewerServer(ThreadingHTTPServer):
+    """Serves the page and the studies on loopback.
+
+    Args:
+        catalogue: what there is to see.
+        port: 0 takes any free one.
+
+    Raises:
+        IchorError: the port is taken, or not ours to take.
+    """
+
+    daemon_threads = True  # a browser keeps connections open; leaving must not wait for them
+
+    def __init__(self, catalogue: Catalogue, *, port: int = 0) -> None:
+        self.catalogue = catalogue
+        self.secret, self.knock = secrets.token_urlsafe(SECRET_BYTES), secrets.token_urlsafe(SECRET_BYTES)
+        self.overview, self.page = _to_json(catalogue.overview()), PAGE.read_bytes()
+        try:
+            super().__init__((HOST, port), _Handler)
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise
+            why = "another program has it" if error.errno == errno.EADDRINUSE else "the system keeps it for itself"
+            raise IchorError(f"--port {port}: {why}; give another, or none, and a free one is taken") from None
+
+    @property
+    def url(self) -> str:
+        """The page's address, which holds the secret."""
+        return f"http://{HOST}:{self.server_port}/{self.secret}/"
+
+    @property
+    def knock_url(self) -> str:
+        """An address that leads to the page once: a browser's command line, where it will stand, may be read by other users."""
+        return f"http://{HOST}:{self.server_port}/{self.knock}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that hangs up amid an answer is no fault."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ViewerServer
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "ichor", ""
+    timeout = IDLE_SECONDS
+
+    def do_GET(self) -> None:
+        if not self._asks_us():
+            self._say(
+                HTTPStatus.FORBIDDEN, "This page is served to this machine under the name 127.0.0.1 or localhost."
+            )
+            return
+        secret, slash, rest = self.path.removeprefix("/").partition("/")
+        if self._is(secret, self.server.knock):
+            self.server.knock = secrets.token_urlsafe(SECRET_BYTES)
+            self._answer(HTTPStatus.SEE_OTHER, b"", "text/plain", {"Location": f"/{self.server.secret}/"})
+        elif slash and self._is(secret, self.server.secret):
+            self._route(rest)
+        else:
+            self._say(
+                HTTPStatus.NOT_FOUND, "Nothing here: open the whole address that `python -m stages.view` printed."
+            )
+
+    def _route(self, path: str) -> None:
+        name, _, number = path.partition("/")
+        if path == "":
+            nonce = secrets.token_urlsafe(16)
+            policy = (
+                f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
+                "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            )
+            page = self.server.page.replace(NONCE, nonce.encode())
+            self._answer(HTTPStatus.OK, page, "text/html; charset=utf-8", {"Content-Security-Policy": policy})
+        elif path == "overview":
+            self._answer(HTTPStatus.OK, self.server.overview, "application/json")
+        elif name == "study" and number.isascii() and number.isdecimal() and self._has(number):
+            self._answer(HTTPStatus.OK, self.server.catalogue.read_study(int(number)), "application/octet-stream")
+        else:
+            self._say(HTTPStatus.NOT_FOUND, "No such page or study.")
+
+    def _has(self, number: str) -> bool:
+        return len(number) < 10 and int(number) < len(self.server.catalogue.store.study)
+
+    def _asks_us(self) -> bool:
+        hosts = self.headers.get_all("Host", [])
+        name, _, port = hosts[0].partition(":") if len(hosts) == 1 else ("", "", "")
+        return name.lower() in LOCAL_NAMES and (not port or port.isdecimal())
+
+    @staticmethod
+    def _is(given: str, expected: str) -> bool:
+        return hmac.compare_digest(given.encode("utf-8", "replace"), expected.encode())
+
+    def _refuse(self) -> None:
+        self.close_connection = True  # what follows may be a body that nobody reads
+        self._say(HTTPStatus.METHOD_NOT_ALLOWED, "Read only: GET is all there is.", {"Allow": "GET"})
+
+    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_CONNECT = do_TRACE = _refuse
+
+    def _say(self, status: HTTPStatus, text: str, headers: dict[str, str] | None = None) -> None:
+        self._answer(status, f"{text}\n".encode(), "text/plain; charset=utf-8", headers)
+
+    def _answer(self, status: HTTPStatus, body: bytes, kind: str, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        always = {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "Cache-Control": "no-store",  # pictures of patients stay off the disk; the page keeps what it needs in memory
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Resource-Policy": "same-origin",
+        }
+        for name, value in {**always, **(headers or {})}.items():
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: an address holds the secret."""

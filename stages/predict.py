@@ -1,0 +1,118 @@
+"""Read new studies with trained networks: slices, studies, a picture of each, and a Kaggle submission if asked.
+
+python -m stages.predict STUDY                              a folder, a file, a zip, a glob or a URL, of one or many studies
+python -m stages.predict A B --model data/train/fold-0      one fold alone, not the mean of all
+python -m stages.predict TEST --submission s.csv --sample stage_2_sample_submission.csv
+
+Writes into --out: predictions.csv (slices), studies.csv (each study's highest), predictions.json (both, the model's digests, and
+what became of every file) and sheets/ (the most suspicious slices). Image size, crop, windows and all else come from the model;
+--params says only which of a study's series is read, in how many processes, and on which device.
+
+A study that the model was not trained for is refused by name: no head in it, not axial, too few slices, or pixels or slices of
+another size. Exit codes: 0 all studies predicted; 1 a fault that the message names; 2 wrong arguments; 3 some study was refused.
+Research software, not a medical device.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipeline.config import load_config
+from pipeline.errors import ConfigError, IchorError
+from pipeline.files import write_bytes, write_json
+from pipeline.manifest import account, describe_account
+from pipeline.predict import (
+    REFUSED,
+    Model,
+    Study,
+    describe_result,
+    find_models,
+    index_studies,
+    predict_studies,
+    read_model,
+    slice_table,
+    study_table,
+    submission,
+)
+from stages.common import door
+
+SOME_REFUSED = 3
+SHEETS = "[0-9][0-9][0-9][0-9]-*.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="folders, files, zips, globs or URLs of studies")
+    parser.add_argument(
+        "--model", type=Path, metavar="RUN", help="a model.pt, or a folder of folds, averaged (default: <data>/train)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("predictions"), metavar="FOLDER", help="where to write (default: %(default)s)"
+    )
+    parser.add_argument("--submission", type=Path, metavar="FILE", help="also write ID,Label, six rows an image")
+    parser.add_argument("--sample", type=Path, metavar="CSV", help="with --submission: take its rows, in its order")
+    parser.add_argument(
+        "--anyway", action="store_true", help="predict also what would be refused; the output's warnings then say why"
+    )
+    parser.add_argument("--json", action="store_true", help="print predictions.json")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    if arguments.sample and not arguments.submission:
+        raise ConfigError("--sample says how the rows of --submission FILE are ordered; give that too")
+    config = load_config(arguments.params)
+    paths = find_models(arguments.model or arguments.data / "train")
+    model = read_model(paths, device=config.train.device, store=arguments.data / "store.zarr")
+    with contextlib.redirect_stdout(sys.stderr):  # what index says is no part of the answer
+        manifest = index_studies(arguments.paths, config)
+    started_s = time.monotonic()
+    sheets = arguments.out / "sheets"
+    for old in sheets.glob(SHEETS):
+        old.unlink()
+    try:
+        found = predict_studies(manifest, model, config, paths=arguments.paths, sheets=sheets, anyway=arguments.anyway)
+        studies = sorted(found, key=lambda study: study.uid)
+    except torch.OutOfMemoryError:
+        raise IchorError("predict: the device's memory is full; set train.device to cpu") from None
+    seconds = time.monotonic() - started_s
+    accounting = account(manifest)
+    result = describe_result(studies, model, accounting)
+    slices = slice_table(studies, model)
+    write_bytes(arguments.out / "predictions.csv", slices.to_csv(index=False).encode())
+    write_bytes(arguments.out / "studies.csv", study_table(studies, model).to_csv(index=False).encode())
+    write_json(arguments.out / "predictions.json", result)
+    if arguments.json:
+        json.dump(result, sys.stdout, indent=2)
+        print()
+    else:
+        print(describe_account(accounting))
+        _show(studies, model, seconds, arguments.out)
+    if arguments.submission:
+        rows = submission(slices, arguments.sample, anyway=arguments.anyway)
+        write_bytes(arguments.submission, rows.to_csv(index=False).encode())
+    if any(study.status == REFUSED for study in studies):
+        sys.exit(SOME_REFUSED)
+
+
+def _show(studies: Sequence[Study], model: Model, seconds: float, out: Path) -> None:
+    for study in studies:
+        found = ", ".join(f"{name} {value:.2f}" for name, value in reversed(study.probabilities.items()))
+        where = f" (slice {study.suspicious_slice} of {study.slices})" if found else ""
+        print(
+            f"{study.status} {study.uid}: {found}{where}{'; ' if found and study.warnings else ''}{'; '.join(study.warnings)}"
+        )
+    slices = sum(study.slices for study in studies if study.table is not None)
+    refused = sum(study.status == REFUSED for study in studies)
+    print(
+        f"{len(studies) - refused:,} studies ({slices:,} slices) predicted by {len(model.folds)} fold(s), {refused:,} refused"
+        f"{' (--anyway predicts them too)' if refused else ''}, {seconds:.1f} s; {out}"
+    )
+
+
+if __name__ == "__main__":
+    door(main, __doc__, add_arguments)

@@ -1,0 +1,48 @@
+"""Walk the store in a browser: studies by label, prediction and error; each a stack of slices to scroll, window and zoom.
+
+python -m stages.view                            opens the page in the browser; Ctrl-C ends it
+python -m stages.view --no-browser --port 8765   prints the address; from elsewhere: ssh -L 8765:127.0.0.1:8765 HOST
+
+The page is served to this machine alone, under an address that cannot be guessed, and only reads.
+"""
+
+import argparse
+import os
+import sys
+import webbrowser
+
+from pipeline.store import Store
+from pipeline.viewer import Catalogue, ViewerServer, read_findings, read_predictions
+from stages.common import door
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=_port, default=0, metavar="N", help="port to serve on (default: any free one)")
+    parser.add_argument("--no-browser", action="store_true", help="only print the address")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    store = Store(arguments.data / "store.zarr")
+    predictions = read_predictions(arguments.data / "train", store)
+    catalogue = Catalogue(store, predictions, read_findings(arguments.data))
+    with ViewerServer(catalogue, port=arguments.port) as server:
+        print(f"{len(store.study):,} studies, {store.num_slices.sum():,} slices: {server.url}", flush=True)
+        print("Ctrl-C ends it.", flush=True)
+        if not arguments.no_browser and _has_screen():
+            webbrowser.open(server.knock_url)
+        server.serve_forever()
+
+
+def _has_screen() -> bool:
+    """Without one, `webbrowser` would start a text browser in this terminal."""
+    return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 0 to {(1 << 16) - 1}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    door(main, __doc__, add_arguments)
