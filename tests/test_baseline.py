@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -119,18 +117,6 @@ def test_windows_that_do_not_allow_counting_are_refused_with_the_reason(
     found, why = counter_for(windows)
     assert found is None
     assert reason in why
-
-
-def test_a_slice_takes_less_than_a_millisecond(counter: Counter) -> None:
-    pixels = windowed(head_hu())
-    best = min(_seconds(counter, pixels) for _ in range(50))
-    assert best < 1e-3
-
-
-def _seconds(counter: Counter, pixels: npt.NDArray[np.uint8]) -> float:
-    started = time.perf_counter()
-    counter.count(pixels)
-    return time.perf_counter() - started
 
 
 STUDIES = 400
