@@ -87,7 +87,7 @@ PREDICTED, REFUSED, ANYWAY = "predicted", "refused", "predicted anyway"
 
 
 @dataclass(frozen=True)
-class TrainedFold:
+class FoldNetworks:
     """The networks of one fold, ready to look."""
 
     fold: int
@@ -104,7 +104,7 @@ class TrainedFold:
 class Model:
     """All folds of one run, and what they want to see."""
 
-    folds: list[TrainedFold]
+    folds: list[FoldNetworks]
     params: dict[str, Any]
     windows: dict[str, Window]
     image_size: int
@@ -242,7 +242,7 @@ def _say_what_it_lacks(content: Any) -> str:
     return "it lacks the weights of its sequence model" if is_wanted and not has_sequence else ""
 
 
-def _make_fold(path: Path, content: dict[str, Any], device: torch.device) -> TrainedFold:
+def _make_fold(path: Path, content: dict[str, Any], device: torch.device) -> FoldNetworks:
     params = content["params"]
     channels = len(content["windows"]) * (2 * params["neighbours"] + 1)
     networks = []
@@ -258,7 +258,7 @@ def _make_fold(path: Path, content: dict[str, Any], device: torch.device) -> Tra
         # channels_last, as in training: another order of sums would change the last digits
         networks.append(network.to(device, memory_format=torch.channels_last).eval())  # type: ignore[call-overload]
     origin = {key: content.get(key) for key in ("store_digest", "folds_digest", "code", "torch")}
-    return TrainedFold(
+    return FoldNetworks(
         content["fold"], hashlib.sha256(path.read_bytes()).hexdigest(), networks, content["sequence"], origin
     )
 
@@ -473,7 +473,7 @@ def _open_shards(made: _Made, count: int, model: Model) -> Iterator[ShardReader]
 
 
 def _ask_folds(reader: ShardReader, slices: pd.DataFrame, model: Model) -> npt.NDArray[np.float32]:
-    """The folds' mean probabilities [S, L], as `pipeline.evaluate.average_folds` takes it."""
+    """The folds' mean probabilities [S, L], as `pipeline.results.average_folds` takes it."""
     count = len(slices)
     where_S2 = np.stack([np.zeros(count, np.int64), np.arange(count)], axis=1)
     labels_SL = np.full((count, len(LABELS)), UNKNOWN, np.int8)
@@ -494,7 +494,7 @@ def _name_even_batches(count: int, most: int) -> list[BatchName]:
 
 
 def _ask_fold(
-    fold: TrainedFold, batches: list[Batch], position_mm: npt.NDArray[np.float32], model: Model
+    fold: FoldNetworks, batches: list[Batch], position_mm: npt.NDArray[np.float32], model: Model
 ) -> npt.NDArray[np.float32]:
     """One fold's logits [S, L], as `pipeline.trainer.Trainer.see_slices` and `pipeline.fold` make them."""
     seen = [

@@ -11,7 +11,6 @@ import json
 from pipeline.config import load_config
 from pipeline.errors import IchorError
 from pipeline.evaluate import (
-    average_folds,
     curve_table,
     evaluate,
     precision_recall_table,
@@ -21,6 +20,7 @@ from pipeline.evaluate import (
 from pipeline.files import write_bytes, write_json, write_parquet
 from pipeline.gallery import show_window
 from pipeline.report import describe, render_report
+from pipeline.results import average_folds
 from pipeline.store import Store
 from stages.common import door
 

@@ -23,7 +23,6 @@ import stages.predict
 import stages.train
 from pipeline.config import Config, PhantomConfig, Window
 from pipeline.errors import CheckpointError, ConfigError, LabelError, SourceError
-from pipeline.evaluate import average_folds, read_fold
 from pipeline.folds import deal_folds, write_folds
 from pipeline.index import build_manifest
 from pipeline.labels import LABELS, read_labels
@@ -47,6 +46,7 @@ from pipeline.predict import (
     submission,
 )
 from pipeline.preprocess import preprocess
+from pipeline.results import average_folds, read_fold
 from pipeline.sheet import POSITIVE, TILE_PX, draw_suspects
 from pipeline.store import Store
 from pipeline.survey import find_crop, measure_scope

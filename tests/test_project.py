@@ -21,7 +21,7 @@ LAYERS = [
     ["bootstrap", "calibration", "metrics", "baseline", "charts"],
     ["shard", "reader", "store", "folds", "source", "decoder", "header", "pixels", "manifest", "checkpoint"],
     ["processes", "live", "cluster", "loader", "sequence", "inference", "parts"],
-    ["survey", "sheet", "excluded", "gallery", "viewer", "phantom"],
+    ["survey", "sheet", "excluded", "gallery", "results", "viewer", "phantom"],
     ["index", "convert", "preprocess"],
     ["trainer", "fold", "report", "evaluate", "predict"],
 ]

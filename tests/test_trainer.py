@@ -540,6 +540,14 @@ def test_accumulated_batches_step_as_one_does(
         np.testing.assert_allclose(one.history[column], other.history[column], rtol=1e-4)
 
 
+def test_bf16_learns_as_float32_does(config: Config, store: Store, tmp_path: Path) -> None:
+    exact = train(change(config, dropout=0.0), store, tmp_path / "fp32")
+    half = train(change(config, dropout=0.0, precision="bf16"), store, tmp_path / "bf16")
+    assert not torch.equal(*(result.members[0]["head.weight"] for result in (exact, half))), "nothing was rounded"
+    np.testing.assert_allclose(half.history["train_loss"], exact.history["train_loss"], rtol=0.03)
+    assert half.predictions["any"].nunique() == len(half.predictions), "the head is to stay float32"
+
+
 def _unchanged(real: Any) -> Any:
     """A dataset without random changes."""
 
