@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
@@ -90,6 +91,26 @@ def _caption(draw: ImageDraw.ImageDraw, store: Store, study: int, place: int, le
     y = top + height - CAPTION_PX + 2
     draw.text((left + 2, y), f"{place}   {store.position_mm[study, place]:.1f} mm", QUIET, ImageFont.load_default(13))
     draw.text((left + TILE_PX - 2, y), " ".join(names), POSITIVE, ImageFont.load_default(13), anchor="ra")
+
+
+HEAT_SHARE = 0.5
+"""Of the colour where a heat map is highest: the CT must still be read under it."""
+
+
+def blend_heat(grey_RC: npt.NDArray[np.uint8], heat_RC: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Lay a heat map over a slice; where it is cold the slice stays as it is.
+
+    Args:
+        grey_RC: uint8, one window.
+        heat_RC: float32 in 0…1, as `pipeline.gradcam` makes it.
+
+    Returns:
+        uint8 [R, C, 3], red, green, blue.
+    """
+    colours_RC3 = cv2.applyColorMap(np.rint(heat_RC * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+    share_RC1 = HEAT_SHARE * heat_RC[..., None]
+    blended_RC3 = grey_RC[..., None] * (1 - share_RC1) + colours_RC3 * share_RC1
+    return np.rint(blended_RC3).astype(np.uint8)
 
 
 SUSPECTS_IN_A_ROW = 6

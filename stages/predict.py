@@ -29,17 +29,15 @@ from pipeline.files import write_bytes, write_json
 from pipeline.manifest import account, describe_account
 from pipeline.predict import (
     REFUSED,
-    Model,
     Study,
     describe_result,
-    find_models,
     index_studies,
     predict_studies,
-    read_model,
     slice_table,
     study_table,
     submission,
 )
+from pipeline.trained import Model, find_models, read_model
 from stages.common import door
 
 SOME_REFUSED = 3

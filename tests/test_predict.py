@@ -31,15 +31,12 @@ from pipeline.predict import (
     ANYWAY,
     PREDICTED,
     REFUSED,
-    Model,
     Study,
     _sheet_path,
     describe_result,
-    find_models,
     index_studies,
     list_faults,
     predict_studies,
-    read_model,
     shows_brain,
     slice_table,
     study_table,
@@ -50,6 +47,7 @@ from pipeline.results import average_folds, read_fold
 from pipeline.sheet import POSITIVE, TILE_PX, draw_suspects
 from pipeline.store import Store
 from pipeline.survey import find_crop, measure_scope
+from pipeline.trained import Model, find_models, read_model
 from tests.conftest import REAL_DICOM, Cohort
 from tests.test_head import FIELD_MM, Drawing
 

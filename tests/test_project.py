@@ -21,7 +21,7 @@ LAYERS = [
     ["bootstrap", "calibration", "metrics", "baseline", "charts"],
     ["shard", "reader", "store", "folds", "source", "decoder", "header", "pixels", "manifest", "checkpoint"],
     ["processes", "live", "cluster", "loader", "sequence", "inference", "parts"],
-    ["survey", "sheet", "excluded", "gallery", "results", "viewer", "phantom"],
+    ["survey", "trained", "gradcam", "sheet", "excluded", "gallery", "results", "viewer", "phantom"],
     ["index", "convert", "preprocess"],
     ["trainer", "fold", "report", "evaluate", "predict"],
 ]
@@ -40,7 +40,8 @@ OWNERS = {
     "jinja2": {"report"},
 }
 TORCH = {
-    "device", "model", "loss", "optimise", "loader", "processes", "checkpoint", "sequence", "inference", "trainer", "fold", "predict"
+    "device", "model", "loss", "optimise", "loader", "processes", "checkpoint", "sequence", "inference", "trainer", "fold", "trained",
+    "gradcam", "predict"
 }  # fmt: skip
 
 
