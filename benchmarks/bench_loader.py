@@ -30,7 +30,7 @@ import numpy as np
 import pydicom
 import torch
 import zarr
-from numcodecs import blosc
+from numcodecs import zstd
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from benchmarks.bench_preprocess import REAL_HEAD, configure
@@ -162,7 +162,7 @@ class Made:
         descriptor = os.open(path, os.O_RDONLY)
         chunk = os.pread(descriptor, length, offset)
         os.close(descriptor)
-        blosc.decompress(chunk[:-CHECKSUM_BYTES], self.out)
+        zstd.decompress(chunk[:-CHECKSUM_BYTES], self.out)
         return self.out
 
     def read_memmap(self, number: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What a slice costs to convert: against its floor, the straightforward way and dcm2niix; on two workers; and to index; warm cache.
 
-The floor reads the same bytes and Blosc-encodes the same output: no converter to this form can be faster. The straightforward
+The floor reads the same bytes and encodes the same output with zstd: no converter to this form can be faster. The straightforward
 way is pydicom, float windows, cv2 and PNG. dcm2niix (`-z n`) writes its voxels as they are, without windows or compression, and does
 not wait for the disk; our cost beside it holds the header, the conversion and the shard, without waiting either. Measured on phantom
 studies, and on a real head where one lies beside the checkout; or on any folder of studies (`--dicom`). Prints a card; the last line

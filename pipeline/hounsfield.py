@@ -90,19 +90,33 @@ def is_garbage(stored: Stored, *, slope: float, intercept: float) -> bool:
     by_rows, by_columns = max(1, len(stored) // SAMPLED_ROWS), max(1, stored.shape[1] // SAMPLED_COLUMNS)
     sample = np.ascontiguousarray(stored[::by_rows, ::by_columns])
     most = GARBAGE_SHARE * sample.size
-    ends_hu = slope * int(sample.min()) + intercept, slope * int(sample.max()) + intercept
-    if max(ends_hu) > HIGHEST_HU and np.count_nonzero(sample * slope + intercept > HIGHEST_HU) > most:
+    ends = int(sample.min()), int(sample.max())
+    lowest, highest = ends if slope > 0 else ends[::-1]
+    if slope * highest + intercept > HIGHEST_HU and np.count_nonzero(sample * slope + intercept > HIGHEST_HU) > most:
         return True
-    if min(ends_hu) < LOWEST_HU:
-        below = sample[sample * slope + intercept < LOWEST_HU]
-        # nearly always one value: only where it is not, they are counted
-        if np.count_nonzero(below != below[:1]) > most and len(np.unique(below)) > PADDING_VALUES:
-            return True
-    if len(stored) < SMOOTH_ROWS:
-        return False
-    next_rows = stored[1::by_rows, ::by_columns]
-    steps = np.abs(np.subtract(sample[: len(next_rows)], next_rows, dtype=np.int32)).sum(axis=1)
-    noisy = np.count_nonzero(steps * abs(slope) > NOISE_STEP_HU * sample.shape[1])
+    if slope * lowest + intercept < LOWEST_HU and _has_many_values(sample[_is_below(sample, slope, intercept)], most):
+        return True
+    return len(stored) >= SMOOTH_ROWS and _is_noise(sample, stored[1::by_rows, ::by_columns], abs(slope))
+
+
+def _is_below(sample: Stored, slope: float, intercept: float) -> npt.NDArray[np.bool_]:
+    """Where a sample is below `LOWEST_HU`; compared as it is stored, for a third of the time of the same in HU."""
+    limit = (LOWEST_HU - intercept) / slope
+    return sample < math.ceil(limit) if slope > 0 else sample > math.floor(limit)
+
+
+def _has_many_values(below: Stored, most: float) -> bool:
+    """Whether there are more values than padding has, in more than `most` pixels."""
+    # nearly always one value: only where it is not, they are counted
+    is_padding = np.count_nonzero(below != below[:1]) <= most or len(np.unique(below)) <= PADDING_VALUES
+    return not is_padding
+
+
+def _is_noise(sample: Stored, next_rows: Stored, slope: float) -> bool:
+    """Whether too many rows differ from the row that follows as only noise does."""
+    steps = cv2.absdiff(sample[: len(next_rows)], np.ascontiguousarray(next_rows))
+    sums = cv2.reduce(steps, 1, cv2.REDUCE_SUM, dtype=cv2.CV_32F)
+    noisy = np.count_nonzero(sums * slope > NOISE_STEP_HU * sample.shape[1])
     return bool(noisy > NOISY_ROWS_SHARE * len(steps))
 
 

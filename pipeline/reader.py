@@ -1,6 +1,6 @@
 """Random access to the slices of a store, at the bytes: what training streams from, and what verification walks.
 
-A slice costs one `pread`, one CRC-32C and one Blosc decode into the caller's buffer. A shard's index is read when its first slice
+A slice costs one `pread`, one CRC-32C and one zstd decode into the caller's buffer. A shard's index is read when its first slice
 is, and kept: 512 bytes a study, 13 MB for 25,000, which worker processes can share.
 """
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from pipeline.config import Window
 from pipeline.errors import StoreError
@@ -29,9 +29,9 @@ from pipeline.files import sync
 from pipeline.labels import LABELS, UNKNOWN
 from pipeline.progress import Progress
 from pipeline.reader import SliceReader, shard_name
-from pipeline.shard import BLOCK_BYTES, COMPRESSOR, LEVEL, SLOTS
+from pipeline.shard import LEVEL, SLOTS
 
-FORMAT, FORMAT_VERSION = "ichor-store", 2
+FORMAT, FORMAT_VERSION = "ichor-store", 3
 """Raise the version when a store of the old form would be misread."""
 
 PACKAGES = ("zarr", "numcodecs", "numpy", "pydicom", "opencv-python-headless")
@@ -148,10 +148,7 @@ def _create_pixels(group: zarr.Group, shape: tuple[int, int, int, int, int]) -> 
         dtype="uint8",
         shards=(1, SLOTS, *shape[2:]),
         chunks=(1, 1, *shape[2:]),
-        compressors=[
-            BloscCodec(cname=COMPRESSOR, clevel=LEVEL, shuffle="noshuffle", typesize=1, blocksize=BLOCK_BYTES),
-            Crc32cCodec(),
-        ],
+        compressors=[ZstdCodec(level=LEVEL), Crc32cCodec()],
         fill_value=0,
         dimension_names=["study", "slice", "row", "column", "window"],
         chunk_key_encoding={"name": "default", "separator": "."},

@@ -9,18 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
+from numcodecs import blosc
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from pipeline.errors import DamageError, StoreError
 from pipeline.index import build_manifest
 from pipeline.labels import LABELS
 from pipeline.preprocess import preprocess
 from pipeline.reader import shard_name
-from pipeline.shard import BLOCK_BYTES, COMPRESSOR, LEVEL, SLOTS, build_shard, encode_chunk
+from pipeline.shard import LEVEL, SLOTS, build_shard, decode_chunk, encode_chunk
 from pipeline.store import Store
 from tests.conftest import ROOT, Cohort
 
@@ -48,10 +50,7 @@ def test_shard_bytes_equal_those_that_zarr_python_writes(tmp_path: Path) -> None
         shards=(1, SLOTS, 24, 24, 3),
         chunks=(1, 1, 24, 24, 3),
         dtype="uint8",
-        compressors=[
-            BloscCodec(cname=COMPRESSOR, clevel=LEVEL, shuffle="noshuffle", typesize=1, blocksize=BLOCK_BYTES),
-            Crc32cCodec(),
-        ],
+        compressors=[ZstdCodec(level=LEVEL), Crc32cCodec()],
         chunk_key_encoding={"name": "default", "separator": "."},
         config={"write_empty_chunks": True},
     )
@@ -126,6 +125,25 @@ def test_short_or_missing_shard_is_noticed(store: Store, keep: int) -> None:
         Store(store.path).reader.read(1, 0)
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 1), (8, 8, 3), (9, 9, 3), (24, 24, 3), (300, 300, 3), (512, 512, 3)])
+def test_chunk_comes_back_and_only_into_its_own_size(shape: tuple[int, int, int]) -> None:
+    """Of each form in which a zstd frame gives its size: in 1, 2 and 4 bytes, and behind that of its window."""
+    pixels = np.random.default_rng(0).integers(0, 5, shape).astype(np.uint8)
+    chunk, out = encode_chunk(pixels), np.empty(shape, np.uint8)
+    decode_chunk(chunk, out)
+    np.testing.assert_array_equal(out, pixels)
+    for other in (np.empty(pixels.size + 1, np.uint8), np.empty(pixels.size - 1, np.uint8)):
+        with pytest.raises(DamageError, match="does not hold one slice"):
+            decode_chunk(chunk, other)
+
+
+@pytest.mark.parametrize("packed", [b"", b"\x28\xb5\x2f\xfd", b"abc" * 99, blosc.compress(bytes(192), b"zstd", 1)])
+def test_what_is_no_frame_of_ours_is_damage(packed: bytes) -> None:
+    checksum = google_crc32c.value(packed).to_bytes(4, "little")
+    with pytest.raises(DamageError, match="does not hold one slice"):
+        decode_chunk(packed + checksum, np.empty(192, np.uint8))
+
+
 def test_missing_chunk_of_a_real_slice_is_damage_never_air(store: Store) -> None:
     path = store.path / "pixels" / shard_name(0, 0)
     path.unlink()
@@ -159,7 +177,7 @@ def test_store_of_another_format_version_is_refused(store: Store, run_stage: Cal
     metadata = json.loads(metadata_path.read_text())
     metadata["attributes"]["format_version"] = 99
     metadata_path.write_text(json.dumps(metadata))
-    with pytest.raises(StoreError, match="format version 99, this code reads 2"):
+    with pytest.raises(StoreError, match="format version 99, this code reads 3"):
         Store(store.path)
     for stage in ("inspect", "train"):
         ran = run_stage(stage)
@@ -217,7 +235,7 @@ def test_summary_sheet_and_json_show_the_store(cohort: Cohort, store: Store, run
 def test_zarr_metadata_is_plain_v3(store: Store) -> None:
     metadata = json.loads((store.path / "pixels" / "zarr.json").read_text())
     (sharding,) = metadata["codecs"]
-    assert [codec["name"] for codec in sharding["configuration"]["codecs"]] == ["bytes", "blosc", "crc32c"]
+    assert [codec["name"] for codec in sharding["configuration"]["codecs"]] == ["bytes", "zstd", "crc32c"]
     assert metadata["chunk_grid"]["configuration"]["chunk_shape"][:2] == [1, 64]
     assert metadata["dimension_names"] == ["study", "slice", "row", "column", "window"]
     assert ROOT.name not in json.dumps(store.attributes)  # no path of the machine that made it
