@@ -9,7 +9,7 @@ Axes: N slices, S slices of a study, R rows, C columns, W windows, L labels.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,16 +23,19 @@ import torch
 
 from pipeline.cluster import run_tasks
 from pipeline.config import Config, SequenceConfig, Source
+from pipeline.contrast import read_contrast
 from pipeline.convert import SliceReader, StudyResult, StudyTask, count_parts, make_shards, shard_path
 from pipeline.device import choose_precision
 from pipeline.errors import LabelError, SourceError
 from pipeline.files import remove_folder, written_whole
+from pipeline.gradcam import HeatMaps, explain_slices
 from pipeline.head import BONE_HU
 from pipeline.index import HEADER_COLUMNS, classify, read_header_table
 from pipeline.inference import predict
 from pipeline.labels import ANY, HEADER, LABELS, SUBTYPES, UNKNOWN
 from pipeline.loader import Batch, BatchName, Loader, SliceDataset, name_batches
 from pipeline.manifest import EXCLUDED, REASONS, kept
+from pipeline.operating import CALIBRATED, CALLED, OperatingPoints
 from pipeline.pixels import PixelFault
 from pipeline.preprocess import SLICES_PER_TASK, Plan
 from pipeline.progress import Progress
@@ -40,7 +43,7 @@ from pipeline.reader import SliceReader as ShardReader
 from pipeline.reader import shard_name
 from pipeline.sequence import StudyFeatures, predict_sequence
 from pipeline.sheet import SHORT, draw_suspects
-from pipeline.source import FILE_COLUMNS, find_files
+from pipeline.source import FILE_COLUMNS, Place, find_files
 from pipeline.survey import SCOPE
 from pipeline.trained import FoldNetworks, Model
 
@@ -56,7 +59,14 @@ and of twelve phantoms, in half of the slices and more; 1,100 in a phantom of pl
 vertebrae are no closed ring, and a vertebra's canal has 300."""
 
 SOFT_HU = (-50.0, 150.0)
-NOT_CHECKED = "contrast medium (headers are not asked for it)"
+
+CONTRAST = "contrast medium was given; trained on non-contrast CT"
+TOLD = {True: "given", False: "none", None: "not told"}
+"""Contrast medium, as headers tell of it."""
+
+MADE_UP = (
+    "the model learnt from phantoms, and this study is none of them: what it says here means nothing for a patient"
+)
 
 EVEN = 8
 """Batches are of a multiple of so many slices: oneDNN sums in another order where N is odd. Beside training's batches of 32, batches
@@ -71,6 +81,22 @@ SUSPECTS = 12
 PREDICTED, REFUSED, ANYWAY = "predicted", "refused", "predicted anyway"
 
 
+NO_POINTS = OperatingPoints(why_not="no operating points were given")
+
+
+class Suspects(NamedTuple):
+    """The K most suspicious slices of a study, in their order, with what a picture of them needs."""
+
+    slices: npt.NDArray[np.int64]
+    """Numbers in the study, [K]."""
+    pixels_KRCW: npt.NDArray[np.uint8]
+    """Windowed as the network saw them; the windows are the model's."""
+    labels: npt.NDArray[np.int64]
+    """Index in `LABELS` of each slice's likeliest subtype, [K]: what `heat_KRC` is of."""
+    heat_KRC: HeatMaps | None
+    """Where the networks saw it, mean of all folds; None where it was not wanted."""
+
+
 class Study(NamedTuple):
     """What became of a study."""
 
@@ -81,14 +107,33 @@ class Study(NamedTuple):
     """Why it was, or would have been, refused; and what else is amiss."""
     slices: int
     table: pd.DataFrame | None = None
-    """One row a slice, in order: slice, image_id, position_mm, and the probability of each label."""
+    """One row a slice, in order: slice, image_id, position_mm, the probability of each label, and what the operating points make
+    of it: `<label>_calibrated` (float32, NaN where nothing was fitted) and `<label>_called` (boolean, NA there)."""
     sheet: str = ""
     """Name of its picture."""
+    contrast: str = TOLD[None]
+    """Contrast medium: given, none, or not told."""
+    points: OperatingPoints = NO_POINTS
+    suspects: Suspects | None = None
+    """1 to 20 MB: not to be kept of many studies."""
 
     @property
     def probabilities(self) -> dict[str, float]:
         """The highest of its slices, as `pipeline.metrics.to_studies` has it; empty where it was refused."""
         return {} if self.table is None else {name: float(self.table[name].max()) for name in LABELS}
+
+    @property
+    def calibrated(self) -> dict[str, float | None]:
+        """`probabilities`, scaled as a study's are; None where nothing was fitted."""
+        points = self.points.studies
+        scaled = {name: float(points[name].calibrate(value)) for name, value in self.probabilities.items()}
+        return {name: None if np.isnan(value) else value for name, value in scaled.items()}
+
+    @property
+    def called(self) -> dict[str, bool | None]:
+        """Whether a study's operating point is reached; None where there is none."""
+        called = {name: self.points.studies[name].call(value) for name, value in self.probabilities.items()}
+        return {name: None if value is None else bool(value) for name, value in called.items()}
 
     @property
     def suspicious_slice(self) -> int | None:
@@ -161,8 +206,46 @@ def index_studies(paths: Sequence[str], config: Config) -> pd.DataFrame:
     return manifest
 
 
+def find_phantoms(models: Sequence[Path]) -> frozenset[str]:
+    """Image ids of the phantom cohort that a run learnt from; none where nothing beside its models tells that it did.
+
+    A model does not say what it was shown. Identifiers do: whatever its fold held out stands in <data>/phantom/labels.csv.
+
+    Args:
+        models: of `find_models`.
+    """
+    try:
+        folder = models[0].absolute().parent
+        held_out = set(pd.read_parquet(folder / "predictions.parquet", columns=["image_id"])["image_id"])
+        rows = (folder.parents[1] / "phantom" / "labels.csv").read_text().splitlines()[1:]
+    except (OSError, ValueError, KeyError, IndexError):
+        return frozenset()
+    phantoms = frozenset(row.rpartition("_")[0] for row in rows)
+    return phantoms if held_out and held_out <= phantoms else frozenset()
+
+
+def identify(model: Model) -> dict[str, Any]:
+    """What ties operating points to a model, as `pipeline.operating` compares it."""
+    digests = sorted({str(fold.origin["folds_digest"]) for fold in model.folds if fold.origin["folds_digest"]})
+    return {
+        "store_digest": model.folds[0].origin["store_digest"],
+        "folds_digest": "+".join(digests) or None,  # of several dealings: no evaluation has them
+        "folds": sorted(fold.fold for fold in model.folds),
+        "params": model.params,
+    }
+
+
 def predict_studies(
-    manifest: pd.DataFrame, model: Model, config: Config, *, paths: Sequence[str], sheets: Path, anyway: bool
+    manifest: pd.DataFrame,
+    model: Model,
+    config: Config,
+    *,
+    paths: Sequence[str],
+    sheets: Path,
+    anyway: bool,
+    points: OperatingPoints = NO_POINTS,
+    phantoms: Set[str] = frozenset(),
+    heat: bool = True,
 ) -> Iterator[Study]:
     """What the model says of each study, as they get ready; the refused ones first.
 
@@ -173,6 +256,9 @@ def predict_studies(
         paths: those of `index_studies`.
         sheets: folder for a picture of each study.
         anyway: predict also what would be refused.
+        points: the model's, of `read_operating_points`.
+        phantoms: of `find_phantoms`.
+        heat: whether the suspects get heat maps.
     """
     config = _as_trained(config, model, paths)
     slices = kept(manifest).reset_index(drop=True)
@@ -181,18 +267,18 @@ def predict_studies(
         return
     with TemporaryDirectory(prefix="ichor-") as folder:
         plan = Plan(slices, config, Path(folder))
-        of_study = [slices.iloc[start:stop] for start, stop in plan.bounds]
-        faults = [list_faults(one, model.scope) for one in of_study]
-        chosen = [number for number in range(len(plan)) if anyway or not faults[number]]
+        told = [_ask_headers(plan, slices, number, model) for number in range(len(plan))]
+        chosen = [number for number in range(len(plan)) if anyway or not told[number].faults]
         for number in sorted(set(range(len(plan))) - set(chosen)):
-            yield _refuse(of_study[number], faults[number])
+            yield _refuse(told[number], told[number].faults)
         numbers = {name: number for number, name in enumerate(plan.fingerprints)}
         with Progress(sum(map(plan.count_slices, chosen)), what="predict", unit="slices") as progress:
             for result in _convert(plan, chosen, config):
                 number = numbers[result.fingerprint]
-                made = _Made(plan.task(number), result, of_study[number], faults[number])
-                yield _finish(made, model, sheet=_sheet_path(sheets, number, made.uid), anyway=anyway)
-                progress.advance(len(made.slices))
+                made = _Made(plan.task(number), result, told[number], phantoms)
+                sheet = _sheet_path(sheets, number, made.uid)
+                yield _finish(made, model, points, sheet=sheet, anyway=anyway, heat=heat)
+                progress.advance(len(made.told.slices))
 
 
 def _as_trained(config: Config, model: Model, paths: Sequence[str]) -> Config:
@@ -214,8 +300,30 @@ def _refuse_empty(manifest: pd.DataFrame, slices: pd.DataFrame) -> Iterator[Stud
         yield Study(str(uid), REFUSED, [f"no usable axial CT slice: {reasons}"], 0)
 
 
-def _refuse(slices: pd.DataFrame, warnings: list[str]) -> Study:
-    return Study(slices["study_uid"].iloc[0], REFUSED, warnings, len(slices))
+class _Told(NamedTuple):
+    """What a study's headers tell."""
+
+    slices: pd.DataFrame
+    """Of the manifest."""
+    faults: list[str]
+    contrast: bool | None
+
+    @property
+    def uid(self) -> str:
+        return str(self.slices["study_uid"].iloc[0])
+
+
+def _ask_headers(plan: Plan, slices: pd.DataFrame, number: int, model: Model) -> _Told:
+    of_study = slices.iloc[slice(*plan.bounds[number])]
+    task = plan.task(number)
+    one = task.slices[0]
+    place = Place(task.containers[0], one.size, one.stamp, one.method, one.offset, one.packed_size)
+    contrast = read_contrast(place)  # a series is all with it or all without
+    return _Told(of_study, [*list_faults(of_study, model.scope), *([CONTRAST] if contrast else [])], contrast)
+
+
+def _refuse(told: _Told, warnings: list[str]) -> Study:
+    return Study(told.uid, REFUSED, warnings, len(told.slices), contrast=TOLD[told.contrast])
 
 
 def _convert(plan: Plan, chosen: Sequence[int], config: Config) -> Iterator[StudyResult]:
@@ -237,40 +345,51 @@ class _Made(NamedTuple):
 
     task: StudyTask
     result: StudyResult
-    slices: pd.DataFrame
-    """Of the manifest."""
-    faults: list[str]
-    """By its headers."""
+    told: _Told
+    phantoms: Set[str]
+    """What the model learnt from, if it was phantoms."""
 
     @property
     def uid(self) -> str:
-        return str(self.slices["study_uid"].iloc[0])
+        return self.told.uid
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the model learnt from phantoms, and this is none of them."""
+        return bool(self.phantoms) and not set(self.told.slices["image_id"]) <= self.phantoms
 
     @property
     def notes(self) -> list[str]:
         """What is amiss, but no reason to refuse."""
         codes = pd.Series([code for code in self.result.faults.values() if REASONS[code][0] == EXCLUDED], dtype=object)
-        holes = int((self.slices["spacing"] == "hole").sum())
+        holes = int((self.told.slices["spacing"] == "hole").sum())
         return [
             *(f"{count} slices left out: {REASONS[code][1]}" for code, count in codes.value_counts().items()),
             *([f"slices seem to be missing at {holes} place(s)"] if holes else []),
         ]
 
 
-def _finish(made: _Made, model: Model, *, sheet: Path, anyway: bool) -> Study:
+def _finish(made: _Made, model: Model, points: OperatingPoints, *, sheet: Path, anyway: bool, heat: bool) -> Study:
     """Look at the pixels, and refuse or predict."""
-    slices = made.slices[np.array(made.result.kept)].reset_index(drop=True)
+    told = made.told
+    slices = told.slices[np.array(made.result.kept)].reset_index(drop=True)
     if slices.empty:
-        return _refuse(made.slices, [*made.faults, *made.notes])
+        return _refuse(told, [*told.faults, *made.notes])
     with _open_shards(made, len(slices), model) as reader:
         has_brain = shows_brain(_read_coarse(made.task), side_mm=made.task.whole.side_mm)
-        faults = made.faults if has_brain else [*made.faults, "no head found: no skull around a brain"]
+        faults = told.faults if has_brain else [*told.faults, "no head found: no skull around a brain"]
         warnings = [*faults, *made.notes]
         if faults and not anyway:
-            return _refuse(made.slices, warnings)
-        table = _tabulate(slices, _ask_folds(reader, slices, model))
-        _draw(reader, table, made.uid, model, warnings=warnings, path=sheet)
-    return Study(made.uid, ANYWAY if faults else PREDICTED, warnings, len(slices), table, sheet.name)
+            return _refuse(told, warnings)
+        warnings += [MADE_UP] if made.is_foreign else []
+        table = points.extend(_tabulate(slices, _ask_folds(reader, slices, model)))
+        suspects = _find_suspects(reader, table, model, heat=heat)
+    status = ANYWAY if faults else PREDICTED
+    study = Study(
+        made.uid, status, warnings, len(slices), table, sheet.name, TOLD[told.contrast], points, suspects=suspects
+    )
+    _draw(study, suspects, model, path=sheet)
+    return study
 
 
 @contextmanager
@@ -350,25 +469,58 @@ def _tabulate(slices: pd.DataFrame, probabilities_SL: npt.NDArray[np.float32]) -
     )
 
 
-def _draw(
-    reader: ShardReader, table: pd.DataFrame, uid: str, model: Model, *, warnings: Sequence[str], path: Path
-) -> None:
-    """The most suspicious slices in their order."""
+def _find_suspects(reader: ShardReader, table: pd.DataFrame, model: Model, *, heat: bool) -> Suspects:
+    """The slices with the highest probabilities of any bleed."""
     worst = np.sort(np.argsort(-table["any"].to_numpy(), kind="stable")[:SUSPECTS])
-    shown = table.iloc[worst]
-    likeliest = shown[list(SUBTYPES)].to_numpy()
+    labels = table.iloc[worst][list(SUBTYPES)].to_numpy().argmax(axis=1)
+    heat_KRC = None
+    if heat:
+        heat_KRC = explain_slices(
+            [network for fold in model.folds for network in fold.networks],
+            reader,
+            np.stack([np.zeros_like(worst), worst], axis=1),
+            labels,
+            neighbours=model.params["neighbours"],
+            device=model.device,
+        )
+    return Suspects(worst, np.stack([reader.read(0, number) for number in worst.tolist()]), labels, heat_KRC)
+
+
+def _draw(study: Study, suspects: Suspects, model: Model, *, path: Path) -> None:
+    assert study.table is not None
+    shown = study.table.iloc[suspects.slices]
+    raw, calibrated = (shown[[name + ending for name in LABELS]].to_numpy(float) for ending in ("", CALIBRATED))
+    best = np.where(np.isnan(calibrated), raw, calibrated)
     picture = draw_suspects(
-        reader.read_study(0)[worst],
+        suspects.pixels_KRCW,
         windows=model.windows,
-        probabilities=shown["any"].tolist(),
+        probabilities=best[:, ANY].tolist(),
         captions=[f"{row.slice}   {row.position_mm:.1f} mm" for row in shown.itertuples()],
-        findings=[f"{SHORT[SUBTYPES[k]]} {one[k]:.2f}" for one, k in zip(likeliest, likeliest.argmax(1), strict=True)],
-        heading=f"study {uid}: the {len(shown)} most suspicious of {len(table)} slices",
-        subheading=", ".join(f"{name} {table[name].max():.2f}" for name in (LABELS[ANY], *SUBTYPES)),
-        warnings=warnings,
+        findings=[f"{SHORT[LABELS[k]]} {one[k]:.2f}" for one, k in zip(best, suspects.labels, strict=True)],
+        heading=f"study {study.uid}: the {len(shown)} most suspicious of {len(study.table)} slices",
+        subheading=f"{', '.join(f'{name} {say(study, name)}' for name in (LABELS[ANY], *SUBTYPES))}; {explain_marks(study.points)}",
+        warnings=study.warnings,
+        heat_KRC=suspects.heat_KRC,
     )
     with written_whole(path) as temporary:
         picture.save(temporary, "png")
+
+
+def say(study: Study, label: str) -> str:
+    """A study's probability for people, marked as `explain_marks` has it."""
+    calibrated = study.calibrated[label]
+    if calibrated is None:
+        raw = f"{study.probabilities[label]:.2f}"
+        return raw if study.points.origin is None else f"({raw})"
+    return f"{calibrated:.2f}{'*' if study.called[label] else ''}"
+
+
+def explain_marks(points: OperatingPoints) -> str:
+    """What the numbers of `say` are."""
+    if points.origin is None:
+        return "uncalibrated, without operating points"
+    partly = any(point.temperature is None for point in points.studies.values())
+    return f"calibrated, * at or above the operating point{', in brackets as the network says' if partly else ''}"
 
 
 # ---- what is written
@@ -381,7 +533,8 @@ def slice_table(studies: Sequence[Study], model: Model) -> pd.DataFrame:
         for study in studies
         if study.table is not None
     ]
-    columns = ["study_uid", "slice", "image_id", "position_mm", *LABELS, "warnings"]
+    judged = [name + ending for ending in (CALIBRATED, CALLED) for name in LABELS]
+    columns = ["study_uid", "slice", "image_id", "position_mm", *LABELS, *judged, "warnings"]
     table = pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
     return table.assign(model=model.digest)
 
@@ -394,6 +547,9 @@ def study_table(studies: Sequence[Study], model: Model) -> pd.DataFrame:
             "status": study.status,
             "slices": study.slices,
             **{name: study.probabilities.get(name) for name in LABELS},
+            **{name + CALIBRATED: study.calibrated.get(name) for name in LABELS},
+            **{name + CALLED: study.called.get(name) for name in LABELS},
+            "contrast": study.contrast,
             "suspicious_slice": study.suspicious_slice,
             "sheet": study.sheet,
             "warnings": "; ".join(study.warnings),
@@ -402,17 +558,28 @@ def study_table(studies: Sequence[Study], model: Model) -> pd.DataFrame:
         for study in studies
     ]
     table = pd.DataFrame(rows)
-    return table.astype({"suspicious_slice": "Int64"} | dict.fromkeys(LABELS, "float32"))
+    numbers = [*LABELS, *(name + CALIBRATED for name in LABELS)]
+    called = dict.fromkeys((name + CALLED for name in LABELS), "boolean")
+    return table.astype({"suspicious_slice": "Int64"} | dict.fromkeys(numbers, "float32") | called)
 
 
-def describe_result(studies: Sequence[Study], model: Model, accounting: dict[str, Any]) -> dict[str, Any]:
+def describe_result(
+    studies: Sequence[Study],
+    model: Model,
+    accounting: dict[str, Any],
+    *,
+    points: OperatingPoints = NO_POINTS,
+    phantoms: Set[str] = frozenset(),
+) -> dict[str, Any]:
     """All of it as plain values, for programs."""
     unknown = [SCOPE[name] for name, found in model.scope.items() if not found]
     return {
         "notice": "research software, not a medical device",
         "model": model.describe(),
+        "learnt_from_phantoms": True if phantoms else None,
+        "operating_points": points.describe(),
         "accounting": accounting,
-        "not_checked": [NOT_CHECKED, *(f"{meaning} (no training study told its own)" for meaning in unknown)],
+        "not_checked": ["age", *(f"{meaning} (no training study told its own)" for meaning in unknown)],
         "studies": [_describe_study(study) for study in studies],
     }
 
@@ -422,13 +589,16 @@ def _describe_study(study: Study) -> dict[str, Any]:
         "study_uid": study.uid,
         "status": study.status,
         "warnings": study.warnings,
+        "contrast": study.contrast,
         "probabilities": {name: round(value, DECIMALS) for name, value in study.probabilities.items()} or None,
+        "calibrated": {name: value and round(value, DECIMALS) for name, value in study.calibrated.items()} or None,
+        "called": study.called or None,
         "suspicious_slice": study.suspicious_slice,
         "sheet": study.sheet or None,
         "slices": [],
     }
     if study.table is not None:
-        columns = [column.tolist() for _, column in study.table.items()]
+        columns = [column.astype(object).where(column.notna(), None).tolist() for _, column in study.table.items()]
         for values in zip(*columns, strict=True):
             row = dict(zip(study.table.columns, values, strict=True))
             rounded = {name: round(value, DECIMALS) for name, value in row.items() if isinstance(value, float)}
@@ -437,7 +607,7 @@ def _describe_study(study: Study) -> dict[str, Any]:
 
 
 def submission(slices: pd.DataFrame, sample: Path | None, *, anyway: bool) -> pd.DataFrame:
-    """Kaggle's form: ID and Label, six rows an image.
+    """Kaggle's form: ID and Label, six rows an image; calibrated where a temperature was fitted, else the network's own.
 
     Args:
         slices: of `slice_table`.
@@ -448,7 +618,9 @@ def submission(slices: pd.DataFrame, sample: Path | None, *, anyway: bool) -> pd
         LabelError: the sample is not of that form, or has rows without a prediction.
     """
     ids = [f"{image}_{name}" for image in slices["image_id"] for name in LABELS]
-    ours = pd.Series(slices[list(LABELS)].to_numpy(np.float32).ravel(), index=ids, dtype=np.float32)
+    raw, calibrated = (slices[[name + ending for name in LABELS]].to_numpy(np.float32) for ending in ("", CALIBRATED))
+    best = np.where(np.isnan(calibrated), raw, calibrated)
+    ours = pd.Series(best.ravel(), index=ids, dtype=np.float32)
     if sample is None:
         return pd.DataFrame({"ID": ours.index, "Label": ours.to_numpy()})
     wanted = _read_sample(sample)

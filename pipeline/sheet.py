@@ -128,6 +128,7 @@ def draw_suspects(
     heading: str,
     subheading: str,
     warnings: Sequence[str],
+    heat_KRC: npt.NDArray[np.float32] | None = None,
 ) -> Image.Image:
     """Draw K slices of a study that was predicted, with a bar under each as long as its probability of any bleed.
 
@@ -140,26 +141,31 @@ def draw_suspects(
         heading: the first line.
         subheading: the second line.
         warnings: a line each.
+        heat_KRC: float32 in 0…1, laid over the first window in a further tile below; None for none.
     """
     shown = list(windows.items())[:WINDOWS_SHOWN]
-    columns, tile_height = SUSPECTS_IN_A_ROW, TILE_PX * len(shown) + CAPTION_PX
+    tiles = len(shown) + (heat_KRC is not None)
+    columns, tile_height = SUSPECTS_IN_A_ROW, TILE_PX * tiles + CAPTION_PX
     head_px = 46 + 18 * len(warnings)
     rows = math.ceil(len(pixels_KRCW) / columns)
     size = (columns * (TILE_PX + MARGIN_PX) + MARGIN_PX, rows * (tile_height + MARGIN_PX) + head_px)
     sheet = Image.new("RGB", size, BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     named = ", ".join(f"{name} {window.centre:g}/{window.width:g}" for name, window in shown)
+    named += ", Grad-CAM of the likeliest subtype" if heat_KRC is not None else ""
     lines = [(f"{heading}; {named}", INK), (subheading, QUIET), *((warning, POSITIVE) for warning in warnings)]
     for number, (text, ink) in enumerate(lines):
         draw.text((MARGIN_PX, 6 + 18 * number), text, ink, ImageFont.load_default(13))
     for place, pixels_RCW in enumerate(pixels_KRCW):
         left = MARGIN_PX + (place % columns) * (TILE_PX + MARGIN_PX)
         top = head_px + (place // columns) * (tile_height + MARGIN_PX)
-        for row in range(len(shown)):
-            tile = Image.fromarray(np.ascontiguousarray(pixels_RCW[..., row]))
-            tile = tile.resize((TILE_PX, TILE_PX), Image.Resampling.LANCZOS)
+        pictures = [np.ascontiguousarray(pixels_RCW[..., window]) for window in range(len(shown))]
+        if heat_KRC is not None:
+            pictures.append(blend_heat(pictures[0], heat_KRC[place]))
+        for row, picture in enumerate(pictures):
+            tile = Image.fromarray(picture).resize((TILE_PX, TILE_PX), Image.Resampling.LANCZOS)
             sheet.paste(tile.convert("RGB"), (left, top + row * TILE_PX))
-        below = top + len(shown) * TILE_PX
+        below = top + tiles * TILE_PX
         draw.rectangle((left, below, left + round(probabilities[place] * (TILE_PX - 1)), below + 2), POSITIVE)
         font = ImageFont.load_default(12)
         draw.text((left + 2, below + 4), captions[place], QUIET, font)

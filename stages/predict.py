@@ -26,17 +26,24 @@ import torch
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, IchorError
 from pipeline.files import write_bytes, write_json
+from pipeline.labels import ANY, LABELS, SUBTYPES
 from pipeline.manifest import account, describe_account
+from pipeline.operating import OperatingPoints, find_operating_points, read_operating_points
 from pipeline.predict import (
     REFUSED,
     Study,
     describe_result,
+    explain_marks,
+    find_phantoms,
+    identify,
     index_studies,
     predict_studies,
+    say,
     slice_table,
     study_table,
     submission,
 )
+from pipeline.sheet import SHORT
 from pipeline.trained import Model, find_models, read_model
 from stages.common import door
 
@@ -52,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), metavar="FOLDER", help="where to write (default: %(default)s)"
     )
+    parser.add_argument(
+        "--operating-points",
+        type=Path,
+        metavar="FILE",
+        help="temperatures and thresholds that stages.evaluate fitted (default: those of the model's run)",
+    )
+    parser.add_argument("--no-heat", action="store_true", help="no Grad-CAM on the sheets")
     parser.add_argument("--submission", type=Path, metavar="FILE", help="also write ID,Label, six rows an image")
     parser.add_argument("--sample", type=Path, metavar="CSV", help="with --submission: take its rows, in its order")
     parser.add_argument(
@@ -66,6 +80,7 @@ def main(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.params)
     paths = find_models(arguments.model or arguments.data / "train")
     model = read_model(paths, device=config.train.device, store=arguments.data / "store.zarr")
+    points, phantoms = _find_points(arguments.operating_points, paths[0], model), find_phantoms(paths)
     with contextlib.redirect_stdout(sys.stderr):  # what index says is no part of the answer
         manifest = index_studies(arguments.paths, config)
     started_s = time.monotonic()
@@ -73,13 +88,24 @@ def main(arguments: argparse.Namespace) -> None:
     for old in sheets.glob(SHEETS):
         old.unlink()
     try:
-        found = predict_studies(manifest, model, config, paths=arguments.paths, sheets=sheets, anyway=arguments.anyway)
-        studies = sorted(found, key=lambda study: study.uid)
+        found = predict_studies(
+            manifest,
+            model,
+            config,
+            paths=arguments.paths,
+            sheets=sheets,
+            anyway=arguments.anyway,
+            points=points,
+            phantoms=phantoms,
+            heat=not arguments.no_heat,
+        )
+        # without the pictures, which a thousand studies would fill the memory with
+        studies = sorted((study._replace(suspects=None) for study in found), key=lambda study: study.uid)
     except torch.OutOfMemoryError:
         raise IchorError("predict: the device's memory is full; set train.device to cpu") from None
     seconds = time.monotonic() - started_s
     accounting = account(manifest)
-    result = describe_result(studies, model, accounting)
+    result = describe_result(studies, model, accounting, points=points, phantoms=phantoms)
     slices = slice_table(studies, model)
     write_bytes(arguments.out / "predictions.csv", slices.to_csv(index=False).encode())
     write_bytes(arguments.out / "studies.csv", study_table(studies, model).to_csv(index=False).encode())
@@ -89,7 +115,7 @@ def main(arguments: argparse.Namespace) -> None:
         print()
     else:
         print(describe_account(accounting))
-        _show(studies, model, seconds, arguments.out)
+        _show(studies, model, points, seconds, arguments.out)
     if arguments.submission:
         rows = submission(slices, arguments.sample, anyway=arguments.anyway)
         write_bytes(arguments.submission, rows.to_csv(index=False).encode())
@@ -97,19 +123,36 @@ def main(arguments: argparse.Namespace) -> None:
         sys.exit(SOME_REFUSED)
 
 
-def _show(studies: Sequence[Study], model: Model, seconds: float, out: Path) -> None:
-    for study in studies:
-        found = ", ".join(f"{name} {value:.2f}" for name, value in reversed(study.probabilities.items()))
-        where = f" (slice {study.suspicious_slice} of {study.slices})" if found else ""
-        print(
-            f"{study.status} {study.uid}: {found}{where}{'; ' if found and study.warnings else ''}{'; '.join(study.warnings)}"
+def _find_points(given: Path | None, model_path: Path, model: Model) -> OperatingPoints:
+    path = given or find_operating_points(model_path)
+    if path is None:
+        return OperatingPoints(
+            why_not=f"{model_path}: its run has no operating points; run `python -m stages.evaluate`, or give --operating-points FILE"
         )
+    return read_operating_points(path, identity=identify(model))
+
+
+def _show(studies: Sequence[Study], model: Model, points: OperatingPoints, seconds: float, out: Path) -> None:
+    order = [LABELS[ANY], *SUBTYPES]
+    print(f"{'':16}{''.join(f'{SHORT.get(name, name):>8} ' for name in order)} slice   study")
+    for study in studies:
+        cells = "".join(f"{_align(say(study, name)):>9}" for name in order if study.table is not None)
+        where = "" if study.table is None else f"{study.suspicious_slice}/{study.slices}"
+        print(f"{study.status:16}{cells or ' ' * 54} {where:8}{study.uid}")
+        for warning in study.warnings:
+            print(f"{'':18}{warning}")
+    print(f"{explain_marks(points)}{': ' if points.why_not else ''}{points.why_not}")
     slices = sum(study.slices for study in studies if study.table is not None)
     refused = sum(study.status == REFUSED for study in studies)
     print(
         f"{len(studies) - refused:,} studies ({slices:,} slices) predicted by {len(model.folds)} fold(s), {refused:,} refused"
         f"{' (--anyway predicts them too)' if refused else ''}, {seconds:.1f} s; {out}"
     )
+
+
+def _align(text: str) -> str:
+    """With the last digit where it is without a mark."""
+    return text if text.endswith(("*", ")")) else f"{text} "
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -18,14 +19,18 @@ import pydicom
 import pytest
 import torch
 from PIL import Image
+from scipy.special import expit, logit
 
 import stages.predict
 import stages.train
 from pipeline.config import Config, PhantomConfig, Window
 from pipeline.errors import CheckpointError, ConfigError, LabelError, SourceError
 from pipeline.folds import deal_folds, write_folds
+from pipeline.gradcam import explain_slices
 from pipeline.index import build_manifest
-from pipeline.labels import LABELS, read_labels
+from pipeline.labels import LABELS, SUBTYPES, read_labels
+from pipeline.metrics import Scored, to_studies
+from pipeline.operating import OperatingPoints, read_operating_points
 from pipeline.phantom.cohort import write_cohort
 from pipeline.predict import (
     ANYWAY,
@@ -34,6 +39,8 @@ from pipeline.predict import (
     Study,
     _sheet_path,
     describe_result,
+    find_phantoms,
+    identify,
     index_studies,
     list_faults,
     predict_studies,
@@ -44,7 +51,7 @@ from pipeline.predict import (
 )
 from pipeline.preprocess import preprocess
 from pipeline.results import average_folds, read_fold
-from pipeline.sheet import POSITIVE, TILE_PX, draw_suspects
+from pipeline.sheet import MARGIN_PX, POSITIVE, TILE_PX, blend_heat, draw_suspects
 from pipeline.store import Store
 from pipeline.survey import find_crop, measure_scope
 from pipeline.trained import Model, find_models, read_model
@@ -83,11 +90,13 @@ class Trained:
             shutil.copy2(path if path.exists() else path.with_suffix(""), folder / f"{path.stem}.dcm")
         return folder
 
-    def predict(self, *paths: Path, out: Path, fold: int | None = None, anyway: bool = False) -> dict[str, Study]:
+    def predict(
+        self, *paths: Path, out: Path, fold: int | None = None, anyway: bool = False, **more: Any
+    ) -> dict[str, Study]:
         texts = [str(path) for path in paths]
         manifest = index_studies(texts, self.config)
         found = predict_studies(
-            manifest, self.model(fold), self.config, paths=texts, sheets=out / "sheets", anyway=anyway
+            manifest, self.model(fold), self.config, paths=texts, sheets=out / "sheets", anyway=anyway, **more
         )
         return {study.uid: study for study in found}
 
@@ -256,6 +265,44 @@ def test_anyway_predicts_them_and_says_so(trained: Trained, tmp_path: Path) -> N
     assert len(table) == 9
 
 
+def test_a_study_with_contrast_is_refused_and_one_that_does_not_tell_is_not(trained: Trained, tmp_path: Path) -> None:
+    given, without = trained.copy(0, tmp_path / "given"), trained.copy(1, tmp_path / "without")
+    silent = trained.copy(2, tmp_path / "silent")
+    alter(given, ContrastBolusAgent=NAME)
+    alter(without, ContrastBolusAgent="None")
+    fault = "contrast medium was given; trained on non-contrast CT"
+    studies = trained.predict(given, without, silent, out=tmp_path / "out")
+    told = [(studies[uid].status, studies[uid].warnings, studies[uid].contrast) for uid in trained.store.study[:3]]
+    assert told == [(REFUSED, [fault], "given"), (PREDICTED, [], "none"), (PREDICTED, [], "not told")]
+    (study,) = trained.predict(given, out=tmp_path / "out", anyway=True).values()
+    assert (study.status, study.warnings) == (ANYWAY, [fault])
+
+
+def test_a_model_of_phantoms_says_so_of_what_is_none(trained: Trained, tmp_path: Path) -> None:
+    run = tmp_path / "data" / "train" / "fold-0"
+    run.mkdir(parents=True)
+    models = [run / "model.pt"]
+    assert find_phantoms(models) == frozenset()
+    shutil.copy2(trained.folder / "fold-0" / "predictions.parquet", run)
+    assert find_phantoms(models) == frozenset(), "nothing says where the slices are from"
+    (tmp_path / "data" / "phantom").mkdir()
+    labels = shutil.copy2(trained.cohort.write_labels(), tmp_path / "data" / "phantom" / "labels.csv")
+    phantoms = find_phantoms(models)
+    assert phantoms == set(trained.cohort.labels)
+    victim = held_out(trained, 0).index[0]
+    labels.write_text("".join(line for line in labels.read_text().splitlines(True) if victim not in line))
+    assert find_phantoms(models) == frozenset(), "it held out what is no phantom"
+    disks = Cohort(tmp_path / "disks")
+    disks.add_study(1, 9)
+    own = next(k for k in range(12) if trained.store.image_id[k, 0] in phantoms)
+    studies = trained.predict(
+        trained.copy(own, tmp_path / "own"), disks.dicom, out=tmp_path, anyway=True, phantoms=phantoms
+    )
+    assert studies[trained.store.study[own]].warnings == []
+    assert studies["ID_0000000001"].warnings[-1].startswith("the model learnt from phantoms, and this study is none")
+    assert describe_result([], trained.model(), {}, phantoms=phantoms)["learnt_from_phantoms"] is True
+
+
 def test_a_slice_that_cannot_be_read_is_told_and_left_out(trained: Trained, tmp_path: Path) -> None:
     folder = trained.copy(5, tmp_path / "study")
     count = len(list(folder.iterdir()))
@@ -341,7 +388,7 @@ def test_no_text_of_a_header_leaves_it(trained: Trained, tmp_path: Path, run_sta
     for path in folder.iterdir():
         path.rename(path.with_name(f"{NAME}-{path.name}"))
     few = trained.copy(7, tmp_path / "few" / NAME)
-    alter(few, PatientName=NAME)
+    alter(few, PatientName=NAME, ContrastBolusAgent=NAME)
     for path in sorted(few.iterdir())[2:]:
         path.unlink()
     out = tmp_path / "out"
@@ -349,8 +396,13 @@ def test_no_text_of_a_header_leaves_it(trained: Trained, tmp_path: Path, run_sta
     ran = run_stage("predict", *arguments, params=trained.cohort.folder / "params.yaml")
     assert ran.code == 3, ran.err
     uid, refused = trained.store.study[6], trained.store.study[7]
-    assert f"predicted {uid}: any 0." in ran.out
-    assert f"refused {refused}: 2 slices, fewer than 8" in ran.out
+    shown = [line.split() for line in ran.out.splitlines()]
+    assert [line[0] for line in shown if line[-1:] == [uid]] == ["predicted"]
+    assert [line for line in shown if line[-1:] == [refused]] == [["refused", refused]]
+    assert "2 slices, fewer than 8" in ran.out
+    assert "contrast medium was given" in ran.out
+    assert "uncalibrated, without operating points: " in ran.out
+    assert "its run has no operating points; run `python -m stages.evaluate`" in ran.out
     assert "1 studies (" in ran.out
     assert "1 refused (--anyway predicts them too)" in ran.out
     written = [path for path in out.rglob("*") if path.is_file()]
@@ -380,8 +432,11 @@ def check_tables(trained: Trained, out: Path, uid: str, refused: str) -> None:
         assert studies.loc[uid, name] == pytest.approx(slices[name].max(), abs=1e-7)
         assert of_json[uid]["probabilities"][name] == pytest.approx(slices[name].max(), abs=1e-7)
     assert [row["image_id"] for row in of_json[uid]["slices"]] == slices["image_id"].tolist()
-    assert "contrast medium" in result["not_checked"][0]
     assert "slice thickness" in result["not_checked"][1]
+    assert (of_json[uid]["contrast"], of_json[refused]["contrast"]) == ("not told", "given")
+    assert set(of_json[uid]["calibrated"].values()) == set(of_json[uid]["called"].values()) == {None}
+    assert of_json[uid]["slices"][0]["any_calibrated"] is of_json[uid]["slices"][0]["any_called"] is None
+    assert slices[[f"{name}_called" for name in LABELS]].isna().all(axis=None)
 
 
 def test_the_door_writes_a_submission_and_prints_json_alone(
@@ -389,7 +444,11 @@ def test_the_door_writes_a_submission_and_prints_json_alone(
 ) -> None:
     folder = trained.copy(2, tmp_path / "study")
     params = trained.cohort.folder / "params.yaml"
+    points = write_points(
+        tmp_path / "points.json", trained, slice={"any": point(2.0, 0.4)}, study={"any": point(3.0, 0.5)}
+    )
     common = ["--data", str(trained.cohort.data), "--out", str(tmp_path / "out"), str(folder)]
+    common += ["--operating-points", str(points)]
     sample = tmp_path / "sample.csv"
     sample.write_text("ID,Label\nID_nobody_any,0.5\n")
     ran = run_stage("predict", *common, "--json", "--submission", str(tmp_path / "s.csv"), params=params)
@@ -400,7 +459,10 @@ def test_the_door_writes_a_submission_and_prints_json_alone(
     assert rows[0] == ["ID", "Label"]
     assert [row[0] for row in rows[1:]] == [f"{image}_{name}" for image in slices["image_id"] for name in LABELS]
     values = np.array([row[1] for row in rows[1:]], np.float32).reshape(-1, len(LABELS))
-    np.testing.assert_array_equal(values, slices[list(LABELS)].to_numpy())
+    np.testing.assert_array_equal(values[:, :-1], slices[list(LABELS[:-1])].to_numpy())
+    scaled = expit(logit(slices["any"].to_numpy(float)) / 2)
+    np.testing.assert_allclose(values[:, -1], scaled, rtol=1e-5)  # where a temperature was fitted
+    check_judged(json.loads(ran.out), slices, scaled)
     parser = argparse.ArgumentParser()
     stages.predict.add_arguments(parser)
     for arguments, fault, said in (
@@ -411,6 +473,7 @@ def test_the_door_writes_a_submission_and_prints_json_alone(
         ),
         (["--sample", str(sample)], ConfigError, "give that too"),
         (["--model", "none"], CheckpointError, "none: no model"),
+        (["--operating-points", str(sample)], CheckpointError, "sample.csv: not the operating points of an evaluation"),
     ):
         given = parser.parse_args([str(folder), "--out", str(tmp_path / "more"), *arguments])
         with pytest.raises(fault, match=said):
@@ -419,10 +482,78 @@ def test_the_door_writes_a_submission_and_prints_json_alone(
     assert not (tmp_path / "t.csv").exists()
 
 
+def check_judged(result: dict[str, Any], slices: pd.DataFrame, scaled: np.ndarray) -> None:
+    """Slices and the study are scaled and called, each by its own operating point; a label without one is left as it is."""
+    np.testing.assert_allclose(slices["any_calibrated"], scaled, rtol=1e-5)
+    assert slices["any_called"].tolist() == (scaled >= 0.4).tolist()
+    assert slices[["subdural_calibrated", "subdural_called"]].isna().all(axis=None)
+    assert result["operating_points"]["study"]["any"] == {"temperature": 3.0, "threshold": 0.5}
+    (study,) = result["studies"]
+    expected = expit(logit(slices["any"].max()) / 3)
+    assert study["calibrated"] == {**dict.fromkeys(LABELS), "any": pytest.approx(expected, abs=1e-6)}
+    assert study["called"] == {**dict.fromkeys(LABELS), "any": bool(expected >= 0.5)}
+    assert [row["any_called"] for row in study["slices"]] == slices["any_called"].tolist()
+
+
+def point(temperature: float, threshold: float) -> dict[str, float]:
+    return {"temperature": temperature, "threshold": threshold}
+
+
+def write_points(path: Path, trained: Trained, **levels: Any) -> Path:
+    """As `stages.evaluate` writes them for the fixture's two folds; of labels that are not named nothing was fitted."""
+    nothing = {name: {"temperature": None, "threshold": None, "positives": 0, "negatives": 9} for name in LABELS}
+    of_folds = {"folds_digest": trained.model().folds[0].origin["folds_digest"], "folds": [0, 1], "rule": "as it is"}
+    written = {level: nothing | levels.get(level, {}) for level in ("slice", "study")}
+    path.write_text(json.dumps({"store_digest": trained.store.digest, **of_folds, **written}))
+    return path
+
+
+def test_another_runs_operating_points_are_left_out_aloud(trained: Trained, tmp_path: Path) -> None:
+    path = write_points(tmp_path / "points.json", trained, study={"any": point(3.0, 0.5)})
+    used = read_operating_points(path, identity=identify(trained.model()))
+    assert used.studies["any"] == (3.0, 0.5)
+    params = {**trained.model().params, "epochs": 2}
+    for alone, said in (
+        (identify(trained.model(1)), r"\(folds \[0, 1\], the model's \[1\]\)"),
+        (
+            {**identify(trained.model()), "store_digest": "0" * 64},
+            f"store_digest {trained.store.digest[:16]}, the model's 0{{16}}",
+        ),
+    ):
+        found = read_operating_points(path, identity=alone)
+        assert re.search(said, found.why_not)
+        (study,) = trained.predict(trained.copy(3, tmp_path / "study"), out=tmp_path, points=found).values()
+        assert study.status == PREDICTED
+        assert set(study.calibrated.values()) == set(study.called.values()) == {None}
+        result = describe_result([study], trained.model(), {}, points=found)
+        assert result["operating_points"] == {"used": False, "why_not": found.why_not}
+    told = json.loads(path.read_text()) | {"params": {**params, "epochs": 3}}
+    path.write_text(json.dumps(told))
+    assert "params.epochs 3, the model's 2" in read_operating_points(path, identity={"params": params}).why_not
+
+
+def test_a_study_is_judged_by_its_highest_slice_as_evaluation_has_it(trained: Trained, tmp_path: Path) -> None:
+    of_labels = {name: point(0.5 + k, 0.1 * k) for k, name in enumerate(LABELS)}
+    path = write_points(tmp_path / "points.json", trained, study=of_labels)
+    points = read_operating_points(path, identity=identify(trained.model()))
+    folders = [trained.copy(k, tmp_path / str(k)) for k in (1, 2)]
+    for study in trained.predict(*folders, out=tmp_path, points=points).values():
+        assert study.table is not None
+        raw_NL = study.table[list(LABELS)].to_numpy(float)
+        unknown = np.full(raw_NL.shape, -1, np.int8)
+        rows = np.zeros(len(raw_NL), np.int64)
+        evaluated = to_studies(Scored(unknown, raw_NL, rows, rows.astype(str), rows)).probabilities_NL[0]
+        for k, name in enumerate(LABELS):
+            expected = expit(logit(evaluated[k]) / (0.5 + k))
+            assert study.calibrated[name] == pytest.approx(expected, rel=1e-9)
+            assert study.called[name] == (expected >= 0.1 * k)
+
+
 def test_a_submission_takes_the_samples_rows_in_its_order(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     values = rng.random((3, len(LABELS))).astype(np.float32)
-    slices = pd.DataFrame(values, columns=list(LABELS)).assign(image_id=["ID_a", "ID_b", "ID_c"])
+    slices = OperatingPoints().extend(pd.DataFrame(values, columns=list(LABELS)))
+    slices = slices.assign(image_id=["ID_a", "ID_b", "ID_c"])
     ids = [f"{image}_{name}" for image in slices["image_id"] for name in LABELS]
     expected = dict(zip(ids, values.ravel(), strict=True))
     order = [str(name) for name in rng.permutation(ids[3:])]
@@ -462,6 +593,62 @@ def test_a_sheet_shows_the_slices_and_how_likely_each_is() -> None:
     assert max(lengths[top:]) == TILE_PX
     whole = sum(round(value * (TILE_PX - 1)) + 1 for value in probabilities[:6])
     assert max(lengths[:top]) == whole
+
+
+def test_heat_lies_in_a_tile_of_its_own_over_the_first_window() -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(
+        0, 256, (2, TILE_PX, TILE_PX, 3), np.uint8
+    )  # as large as a tile, so that nothing is resampled
+    heat = rng.random((2, TILE_PX, TILE_PX), np.float32)
+    windows = {name: Window(centre=40, width=width) for name, width in (("a", 80), ("b", 200), ("c", 380))}
+    draw: dict[str, Any] = {"windows": windows, "probabilities": [0.5, 0.5], "captions": "ab", "findings": "ab"}
+    draw |= {"heading": "", "subheading": "", "warnings": []}
+    plain, hot = (np.array(draw_suspects(pixels, **draw, heat_KRC=one)) for one in (None, heat))
+    assert len(hot) - len(plain) == TILE_PX
+    top = 46 + 2 * TILE_PX
+    for place, left in ((0, MARGIN_PX), (1, 2 * MARGIN_PX + TILE_PX)):
+        tile = hot[top : top + TILE_PX, left : left + TILE_PX]
+        np.testing.assert_array_equal(tile, blend_heat(pixels[place, :, :, 0], heat[place]))
+    np.testing.assert_array_equal(hot[46:top], plain[46:top])
+
+
+def test_suspects_carry_the_heat_that_the_training_store_gives(trained: Trained, tmp_path: Path) -> None:
+    number, paths = 2, [str(trained.copy(2, tmp_path / "study"))]
+    model = trained.model()
+    networks = [network for fold in model.folds for network in fold.networks]
+    for seed, network in enumerate(networks):  # two epochs teach nothing that speaks for a label
+        torch.nn.init.normal_(network.head.weight, generator=torch.Generator().manual_seed(seed))
+    manifest = index_studies(paths, trained.config)
+    of_paths: dict[str, Any] = {"paths": paths, "anyway": True}
+    (study,) = predict_studies(manifest, model, trained.config, sheets=tmp_path / "a", **of_paths)
+    (cold,) = predict_studies(manifest, model, trained.config, sheets=tmp_path / "b", heat=False, **of_paths)
+    assert study.suspects is not None
+    assert study.table is not None
+    assert cold.suspects is not None
+    assert cold.suspects.heat_KRC is None
+    numbers, labels = study.suspects.slices, study.suspects.labels
+    subtypes = study.table[list(SUBTYPES)].to_numpy()[numbers]
+    assert labels.tolist() == subtypes.argmax(axis=1).tolist()
+    where = np.stack([np.full_like(numbers, number), numbers], axis=1)
+    assert len(networks) == 2
+    expected = explain_slices(networks, trained.store.reader, where, labels, neighbours=1, device=torch.device("cpu"))
+    assert (expected.max(axis=(1, 2)) == 1).sum() > len(numbers) / 2
+    np.testing.assert_allclose(study.suspects.heat_KRC, expected, atol=1e-5)
+    np.testing.assert_array_equal(study.suspects.pixels_KRCW, trained.store.reader.read_study(number)[numbers])
+    with Image.open(tmp_path / "a" / study.sheet) as hot, Image.open(tmp_path / "b" / cold.sheet) as plain:
+        assert hot.height - plain.height == TILE_PX * -(-len(numbers) // 6)
+
+
+def test_only_the_most_suspicious_slices_are_kept_in_pictures(trained: Trained, tmp_path: Path) -> None:
+    cohort = Cohort(tmp_path)
+    cohort.add_study(1, 20)
+    (study,) = trained.predict(cohort.dicom, out=tmp_path, anyway=True).values()
+    assert study.suspects is not None
+    assert study.table is not None
+    worst = study.table["any"].nlargest(12, keep="first").index
+    assert study.suspects.slices.tolist() == sorted(worst)
+    assert len(study.suspects.heat_KRC) == len(study.suspects.pixels_KRCW) == 12  # type: ignore[arg-type]
 
 
 def test_no_identifier_leads_out_of_the_folder_of_sheets(tmp_path: Path) -> None:

@@ -18,8 +18,20 @@ from tests.conftest import ROOT
 LAYERS = [
     ["errors", "labels", "progress", "files", "config", "device"],
     ["head", "hounsfield", "kernel", "series", "augment", "loss", "model", "optimise"],
-    ["bootstrap", "calibration", "metrics", "baseline", "charts"],
-    ["shard", "reader", "store", "folds", "source", "decoder", "header", "pixels", "manifest", "checkpoint"],
+    ["bootstrap", "calibration", "operating", "metrics", "baseline", "charts"],
+    [
+        "shard",
+        "reader",
+        "store",
+        "folds",
+        "source",
+        "decoder",
+        "header",
+        "contrast",
+        "pixels",
+        "manifest",
+        "checkpoint",
+    ],
     ["processes", "live", "cluster", "loader", "sequence", "inference", "parts"],
     ["survey", "trained", "gradcam", "sheet", "excluded", "gallery", "results", "viewer", "phantom"],
     ["index", "convert", "preprocess"],
@@ -28,7 +40,7 @@ LAYERS = [
 """Words → pure functions → data at rest → data in motion → the run. Within a layer, imports go to names further left."""
 
 OWNERS = {
-    "pydicom": {"decoder", "header", "pixels", "phantom.dicom_writer"},
+    "pydicom": {"contrast", "decoder", "header", "pixels", "phantom.dicom_writer"},
     "zarr": {"store"},
     "dask": set(),
     "distributed": {"cluster"},
