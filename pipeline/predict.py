@@ -78,6 +78,9 @@ DECIMALS = 8
 SUSPECTS = 12
 """Slices on a study's sheet."""
 
+PNG_LEVEL = 3
+"""Of a sheet: takes 0.05 s, Pillow's own 6 takes 0.1 s, and the file is no larger (378 kB, 414 kB)."""
+
 PREDICTED, REFUSED, ANYWAY = "predicted", "refused", "predicted anyway"
 
 
@@ -503,7 +506,7 @@ def _draw(study: Study, suspects: Suspects, model: Model, *, path: Path) -> None
         heat_KRC=suspects.heat_KRC,
     )
     with written_whole(path) as temporary:
-        picture.save(temporary, "png")
+        picture.save(temporary, "png", compress_level=PNG_LEVEL)
 
 
 def say(study: Study, label: str) -> str:

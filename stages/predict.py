@@ -5,11 +5,13 @@ python -m stages.predict A B --model data/train/fold-0      one fold alone, not 
 python -m stages.predict TEST --submission s.csv --sample stage_2_sample_submission.csv
 
 Writes into --out: predictions.csv (slices), studies.csv (each study's highest), predictions.json (both, the model's digests, and
-what became of every file) and sheets/ (the most suspicious slices). Image size, crop, windows and all else come from the model;
---params says only which of a study's series is read, in how many processes, and on which device.
+what became of every file) and sheets/ (the most suspicious slices, and where the network saw it). Probabilities are the network's
+own and, by the operating points that evaluation fitted for the same run, calibrated and called. Image size, crop, windows and all
+else come from the model; --params says only which of a study's series is read, in how many processes, and on which device.
 
-A study that the model was not trained for is refused by name: no head in it, not axial, too few slices, or pixels or slices of
-another size. Exit codes: 0 all studies predicted; 1 a fault that the message names; 2 wrong arguments; 3 some study was refused.
+A study that the model was not trained for is refused by name: no head in it, not axial, too few slices, contrast medium, or
+pixels or slices of another size. Exit codes: 0 all studies predicted; 1 a fault that the message names; 2 wrong arguments;
+3 some study was refused.
 Research software, not a medical device.
 """
 

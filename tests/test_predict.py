@@ -30,7 +30,7 @@ from pipeline.gradcam import explain_slices
 from pipeline.index import build_manifest
 from pipeline.labels import LABELS, SUBTYPES, read_labels
 from pipeline.metrics import Scored, to_studies
-from pipeline.operating import OperatingPoints, read_operating_points
+from pipeline.operating import OperatingPoints, Point, read_operating_points
 from pipeline.phantom.cohort import write_cohort
 from pipeline.predict import (
     ANYWAY,
@@ -39,11 +39,13 @@ from pipeline.predict import (
     Study,
     _sheet_path,
     describe_result,
+    explain_marks,
     find_phantoms,
     identify,
     index_studies,
     list_faults,
     predict_studies,
+    say,
     shows_brain,
     slice_table,
     study_table,
@@ -547,6 +549,19 @@ def test_a_study_is_judged_by_its_highest_slice_as_evaluation_has_it(trained: Tr
             expected = expit(logit(evaluated[k]) / (0.5 + k))
             assert study.calibrated[name] == pytest.approx(expected, rel=1e-9)
             assert study.called[name] == (expected >= 0.1 * k)
+
+
+def test_people_see_which_number_is_calibrated_and_which_reaches_its_operating_point() -> None:
+    table = pd.DataFrame({name: [0.1, 0.9] for name in LABELS})
+    fitted = {"any": Point(2.0, 0.74), "subdural": Point(2.0, 0.76)}
+    points = OperatingPoints(studies=dict.fromkeys(LABELS, Point()) | fitted, origin={"file": "x"})
+    study = Study("a", PREDICTED, [], 2, table, points=points)
+    assert expit(logit(0.9) / 2) == pytest.approx(0.75)
+    assert [say(study, name) for name in ("any", "subdural", "epidural")] == ["0.75*", "0.75", "(0.90)"]
+    assert explain_marks(points).endswith("in brackets as the network says")
+    without = study._replace(points=OperatingPoints(why_not="none"))
+    assert {say(without, name) for name in LABELS} == {"0.90"}
+    assert explain_marks(without.points) == "uncalibrated, without operating points"
 
 
 def test_a_submission_takes_the_samples_rows_in_its_order(tmp_path: Path) -> None:
