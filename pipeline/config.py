@@ -64,6 +64,11 @@ class Source(Section):
         """The sources as a list, whether one or several were given: folders, files, zips, globs and URLs."""
         return [self.dicom] if isinstance(self.dicom, str) else list(self.dicom)
 
+    @property
+    def is_phantom(self) -> bool:
+        """Whether the labels are the made-up cohort's, of which no figure says anything about patients."""
+        return "phantom" in (self.labels or "")
+
 
 class PhantomConfig(Section):
     """The made-up cohort for people with no data of their own."""

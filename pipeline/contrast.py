@@ -1,7 +1,6 @@
 """Whether a contrast medium was given, as far as a file's header tells.
 
-Asked by `predict` alone, of one file a study. It is no part of `pipeline.header`: that module's code names the shards of every
-store, and a word changed there would have all of them made anew.
+Asked by `predict` alone, of one file a study.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from pydicom.dataset import Dataset
 
 from pipeline.errors import SourceError
-from pipeline.header import HEADER_LIMIT_BYTES, _read_quietly
+from pipeline.header import HEADER_LIMIT_BYTES, read_quietly
 from pipeline.source import Place, read_head
 
 AGENT, AGENTS = 0x00180010, 0x00180012
@@ -42,7 +41,7 @@ def read_contrast(place: Place) -> bool | None:
     """
     try:
         content = io.BytesIO(read_head(place, HEADER_LIMIT_BYTES))
-        dataset = _read_quietly(content, specific_tags=[AGENT, AGENTS, SHARED, PER_FRAME], force=True)
+        dataset = read_quietly(content, specific_tags=[AGENT, AGENTS, SHARED, PER_FRAME], force=True)
         return _interpret(dataset)
     except SourceError:  # the storage itself is out of reach, which is no fault of the file
         raise

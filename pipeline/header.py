@@ -290,7 +290,7 @@ def _read_with_pydicom(place: Place, head: bytes, *, patient_salt: str) -> list[
         return [Header(fault="not_dicom")]
     walked = _take(dataset, file)
     if _text(walked.values["sop_class"]) in ENHANCED:
-        complete = _read_quietly(io.BytesIO(whole), force=True)
+        complete = read_quietly(io.BytesIO(whole), force=True)
         return list(_frames(complete, _interpret(walked, patient_salt=patient_salt)))
     return [_interpret(walked, patient_salt=patient_salt)]
 
@@ -300,18 +300,19 @@ def _parse(content: bytes) -> tuple[pydicom.FileDataset | None, io.BytesIO]:
     tags: list[Any] = list(TAGS.values())
     file = io.BytesIO(content)
     try:
-        return _read_quietly(file, specific_tags=tags), file
+        return read_quietly(file, specific_tags=tags), file
     except InvalidDicomError:
         # a data set without preamble starts with group 0002 or 0008, the latter perhaps big endian
         is_big = content[:2] == b"\x00\x08" and content[4:6] in SHORT_VRS
         if content[:2] not in (b"\x02\x00", b"\x08\x00") and not is_big:
             return None, file
         file.seek(0)
-        dataset = _read_quietly(file, specific_tags=tags, force=True)
+        dataset = read_quietly(file, specific_tags=tags, force=True)
         return (dataset if len(dataset) else None), file
 
 
-def _read_quietly(file: io.BytesIO, **how: Any) -> pydicom.FileDataset:
+def read_quietly(file: io.BytesIO, **how: Any) -> pydicom.FileDataset:
+    """A file's header by `pydicom.dcmread`, without its warnings; whatever that raises."""
     with warnings.catch_warnings(action="ignore"):  # it is read or it is not: warnings would quote it
         return pydicom.dcmread(_limit_inflation(file), stop_before_pixels=True, **how)
 

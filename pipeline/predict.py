@@ -9,7 +9,7 @@ Axes: N slices, S slices of a study, R rows, C columns, W windows, L labels.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -64,9 +64,7 @@ CONTRAST = "contrast medium was given; trained on non-contrast CT"
 TOLD = {True: "given", False: "none", None: "not told"}
 """Contrast medium, as headers tell of it."""
 
-MADE_UP = (
-    "the model learnt from phantoms, and this study is none of them: what it says here means nothing for a patient"
-)
+MADE_UP = "the model learnt from phantoms: what it says means nothing for a patient"
 
 EVEN = 8
 """Batches are of a multiple of so many slices: oneDNN sums in another order where N is odd. Beside training's batches of 32, batches
@@ -209,24 +207,6 @@ def index_studies(paths: Sequence[str], config: Config) -> pd.DataFrame:
     return manifest
 
 
-def find_phantoms(models: Sequence[Path]) -> frozenset[str]:
-    """Image ids of the phantom cohort that a run learnt from; none where nothing beside its models tells that it did.
-
-    A model does not say what it was shown. Identifiers do: whatever its fold held out stands in <data>/phantom/labels.csv.
-
-    Args:
-        models: of `find_models`.
-    """
-    try:
-        folder = models[0].absolute().parent
-        held_out = set(pd.read_parquet(folder / "predictions.parquet", columns=["image_id"])["image_id"])
-        rows = (folder.parents[1] / "phantom" / "labels.csv").read_text().splitlines()[1:]
-    except (OSError, ValueError, KeyError, IndexError):
-        return frozenset()
-    phantoms = frozenset(row.rpartition("_")[0] for row in rows)
-    return phantoms if held_out and held_out <= phantoms else frozenset()
-
-
 def identify(model: Model) -> dict[str, Any]:
     """What ties operating points to a model, as `pipeline.operating` compares it."""
     digests = sorted({str(fold.origin["folds_digest"]) for fold in model.folds if fold.origin["folds_digest"]})
@@ -247,7 +227,6 @@ def predict_studies(
     sheets: Path,
     anyway: bool,
     points: OperatingPoints = NO_POINTS,
-    phantoms: Set[str] = frozenset(),
     heat: bool = True,
 ) -> Iterator[Study]:
     """What the model says of each study, as they get ready; the refused ones first.
@@ -260,7 +239,6 @@ def predict_studies(
         sheets: folder for a picture of each study.
         anyway: predict also what would be refused.
         points: the model's, of `read_operating_points`.
-        phantoms: of `find_phantoms`.
         heat: whether the suspects get heat maps.
     """
     config = _as_trained(config, model, paths)
@@ -278,7 +256,7 @@ def predict_studies(
         with Progress(sum(map(plan.count_slices, chosen)), what="predict", unit="slices") as progress:
             for result in _convert(plan, chosen, config):
                 number = numbers[result.fingerprint]
-                made = _Made(plan.task(number), result, told[number], phantoms)
+                made = _Made(plan.task(number), result, told[number])
                 sheet = _sheet_path(sheets, number, made.uid)
                 yield _finish(made, model, points, sheet=sheet, anyway=anyway, heat=heat)
                 progress.advance(len(made.told.slices))
@@ -349,17 +327,10 @@ class _Made(NamedTuple):
     task: StudyTask
     result: StudyResult
     told: _Told
-    phantoms: Set[str]
-    """What the model learnt from, if it was phantoms."""
 
     @property
     def uid(self) -> str:
         return self.told.uid
-
-    @property
-    def is_foreign(self) -> bool:
-        """Whether the model learnt from phantoms, and this is none of them."""
-        return bool(self.phantoms) and not set(self.told.slices["image_id"]) <= self.phantoms
 
     @property
     def notes(self) -> list[str]:
@@ -384,7 +355,7 @@ def _finish(made: _Made, model: Model, points: OperatingPoints, *, sheet: Path, 
         warnings = [*faults, *made.notes]
         if faults and not anyway:
             return _refuse(told, warnings)
-        warnings += [MADE_UP] if made.is_foreign else []
+        warnings += [MADE_UP] if model.phantom else []
         table = points.extend(_tabulate(slices, _ask_folds(reader, slices, model)))
         suspects = _find_suspects(reader, table, model, heat=heat)
     status = ANYWAY if faults else PREDICTED
@@ -572,14 +543,13 @@ def describe_result(
     accounting: dict[str, Any],
     *,
     points: OperatingPoints = NO_POINTS,
-    phantoms: Set[str] = frozenset(),
 ) -> dict[str, Any]:
     """All of it as plain values, for programs."""
     unknown = [SCOPE[name] for name, found in model.scope.items() if not found]
     return {
         "notice": "research software, not a medical device",
         "model": model.describe(),
-        "learnt_from_phantoms": True if phantoms else None,
+        "learnt_from_phantoms": model.phantom,
         "operating_points": points.describe(),
         "accounting": accounting,
         "not_checked": ["age", *(f"{meaning} (no training study told its own)" for meaning in unknown)],

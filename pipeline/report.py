@@ -212,7 +212,7 @@ def render_report(
         metrics=metrics,
         label_columns=LABEL_COLUMNS,
         labels=LABELS,
-        is_phantom="phantom" in (config.source.labels or ""),
+        is_phantom=config.source.is_phantom,
         several=len(summaries) > 1,
         roc=_roc_panels(metrics, curves),
         precision_recall=_precision_recall_panels(metrics, precision_recall),

@@ -55,6 +55,8 @@ class Model:
     crop: str
     scope: Mapping[str, Sequence[float] | None]
     """Lowest and highest of each of `SCOPE` in training; None where no study told."""
+    phantom: bool
+    """Whether it learnt from the made-up cohort alone."""
     device: torch.device
 
     @property
@@ -124,6 +126,7 @@ def read_model(paths: Sequence[Path], *, device: str, store: Path) -> Model:
         image_size=first["image_size"],
         crop=crop,
         scope=scope,
+        phantom=bool(first.get("phantom")),
         device=chosen,
     )
 

@@ -36,7 +36,6 @@ from pipeline.predict import (
     Study,
     describe_result,
     explain_marks,
-    find_phantoms,
     identify,
     index_studies,
     predict_studies,
@@ -82,7 +81,7 @@ def main(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.params)
     paths = find_models(arguments.model or arguments.data / "train")
     model = read_model(paths, device=config.train.device, store=arguments.data / "store.zarr")
-    points, phantoms = _find_points(arguments.operating_points, paths[0], model), find_phantoms(paths)
+    points = _find_points(arguments.operating_points, paths[0], model)
     with contextlib.redirect_stdout(sys.stderr):  # what index says is no part of the answer
         manifest = index_studies(arguments.paths, config)
     started_s = time.monotonic()
@@ -98,7 +97,6 @@ def main(arguments: argparse.Namespace) -> None:
             sheets=sheets,
             anyway=arguments.anyway,
             points=points,
-            phantoms=phantoms,
             heat=not arguments.no_heat,
         )
         # without the pictures, which a thousand studies would fill the memory with
@@ -107,7 +105,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise IchorError("predict: the device's memory is full; set train.device to cpu") from None
     seconds = time.monotonic() - started_s
     accounting = account(manifest)
-    result = describe_result(studies, model, accounting, points=points, phantoms=phantoms)
+    result = describe_result(studies, model, accounting, points=points)
     slices = slice_table(studies, model)
     write_bytes(arguments.out / "predictions.csv", slices.to_csv(index=False).encode())
     write_bytes(arguments.out / "studies.csv", study_table(studies, model).to_csv(index=False).encode())

@@ -9,7 +9,7 @@ import argparse
 from contextlib import nullcontext
 
 from pipeline.checkpoint import MODEL_FORMAT, write_tensors
-from pipeline.config import load_config
+from pipeline.config import Config, load_config
 from pipeline.errors import ConfigError, IchorError
 from pipeline.files import only_one, remove_folder, write_bytes, write_json, write_parquet
 from pipeline.fold import FoldResult, train_fold
@@ -43,7 +43,7 @@ def main(arguments: argparse.Namespace) -> None:
                 live = arguments.data / "live"
                 result = train_fold(config, store, fold, table, wip=wip, processes=processes, live=live)
                 if result is not None:
-                    _write(arguments, store, fold, result)
+                    _write(arguments, config, store, fold, result)
     except RuntimeError as error:
         if processes.count == 1:
             raise
@@ -55,7 +55,7 @@ def main(arguments: argparse.Namespace) -> None:
         processes.leave()
 
 
-def _write(arguments: argparse.Namespace, store: Store, fold: int, result: FoldResult) -> None:
+def _write(arguments: argparse.Namespace, config: Config, store: Store, fold: int, result: FoldResult) -> None:
     folder = arguments.data / "train" / f"fold-{fold}"
     content = {
         **result.summary,  # first: its own `sequence` is no weights
@@ -66,6 +66,7 @@ def _write(arguments: argparse.Namespace, store: Store, fold: int, result: FoldR
         "image_size": store.image_size,
         "crop": find_crop(store),
         "scope": measure_scope(store),
+        "phantom": config.source.is_phantom,
     }
     write_tensors(folder / "model.pt", content)
     write_parquet(folder / "predictions.parquet", result.predictions)

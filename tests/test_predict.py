@@ -34,13 +34,13 @@ from pipeline.operating import OperatingPoints, Point, read_operating_points
 from pipeline.phantom.cohort import write_cohort
 from pipeline.predict import (
     ANYWAY,
+    MADE_UP,
     PREDICTED,
     REFUSED,
     Study,
     _sheet_path,
     describe_result,
     explain_marks,
-    find_phantoms,
     identify,
     index_studies,
     list_faults,
@@ -93,12 +93,12 @@ class Trained:
         return folder
 
     def predict(
-        self, *paths: Path, out: Path, fold: int | None = None, anyway: bool = False, **more: Any
+        self, *paths: Path, out: Path, model: Model | None = None, anyway: bool = False, **more: Any
     ) -> dict[str, Study]:
         texts = [str(path) for path in paths]
         manifest = index_studies(texts, self.config)
         found = predict_studies(
-            manifest, self.model(fold), self.config, paths=texts, sheets=out / "sheets", anyway=anyway, **more
+            manifest, model or self.model(), self.config, paths=texts, sheets=out / "sheets", anyway=anyway, **more
         )
         return {study.uid: study for study in found}
 
@@ -152,7 +152,7 @@ def together(studies: dict[str, Study]) -> pd.DataFrame:
 def test_training_studies_get_their_training_time_probabilities(trained: Trained, tmp_path: Path) -> None:
     for fold in (0, 1):
         expected = held_out(trained, fold)
-        studies = trained.predict(trained.cohort.dicom, out=tmp_path, fold=fold)
+        studies = trained.predict(trained.cohort.dicom, out=tmp_path, model=trained.model(fold))
         assert {study.status for study in studies.values()} == {PREDICTED}
         found = together(studies).loc[expected.index]
         assert expected["any"].std() > 0.001, "a network that says the same of all would prove nothing"
@@ -280,29 +280,15 @@ def test_a_study_with_contrast_is_refused_and_one_that_does_not_tell_is_not(trai
     assert (study.status, study.warnings) == (ANYWAY, [fault])
 
 
-def test_a_model_of_phantoms_says_so_of_what_is_none(trained: Trained, tmp_path: Path) -> None:
-    run = tmp_path / "data" / "train" / "fold-0"
-    run.mkdir(parents=True)
-    models = [run / "model.pt"]
-    assert find_phantoms(models) == frozenset()
-    shutil.copy2(trained.folder / "fold-0" / "predictions.parquet", run)
-    assert find_phantoms(models) == frozenset(), "nothing says where the slices are from"
-    (tmp_path / "data" / "phantom").mkdir()
-    labels = shutil.copy2(trained.cohort.write_labels(), tmp_path / "data" / "phantom" / "labels.csv")
-    phantoms = find_phantoms(models)
-    assert phantoms == set(trained.cohort.labels)
-    victim = held_out(trained, 0).index[0]
-    labels.write_text("".join(line for line in labels.read_text().splitlines(True) if victim not in line))
-    assert find_phantoms(models) == frozenset(), "it held out what is no phantom"
-    disks = Cohort(tmp_path / "disks")
-    disks.add_study(1, 9)
-    own = next(k for k in range(12) if trained.store.image_id[k, 0] in phantoms)
-    studies = trained.predict(
-        trained.copy(own, tmp_path / "own"), disks.dicom, out=tmp_path, anyway=True, phantoms=phantoms
-    )
-    assert studies[trained.store.study[own]].warnings == []
-    assert studies["ID_0000000001"].warnings[-1].startswith("the model learnt from phantoms, and this study is none")
-    assert describe_result([], trained.model(), {}, phantoms=phantoms)["learnt_from_phantoms"] is True
+def test_a_model_of_phantoms_says_so_of_every_study(trained: Trained, tmp_path: Path) -> None:
+    folder, files = trained.copy(2, tmp_path / "study"), find_models(trained.folder)
+    content = torch.load(files[0], weights_only=True)
+    torch.save(content | {"phantom": True}, tmp_path / "model.pt")
+    made_up = read_model([tmp_path / "model.pt"], device="cpu", store=tmp_path)
+    (study,) = trained.predict(folder, out=tmp_path / "out", model=made_up).values()
+    assert (study.status, study.warnings) == (PREDICTED, [MADE_UP])
+    assert describe_result([], made_up, {})["learnt_from_phantoms"] is True
+    assert describe_result([], trained.model(), {})["learnt_from_phantoms"] is False
 
 
 def test_a_slice_that_cannot_be_read_is_told_and_left_out(trained: Trained, tmp_path: Path) -> None:
