@@ -19,7 +19,8 @@ from pipeline.baseline import counter_for, header_features, predict_from_headers
 from pipeline.bootstrap import Floats, Ranked, Statistic, interval, resample
 from pipeline.calibration import Reliability
 from pipeline.config import Config
-from pipeline.gallery import Picture, choose_slices, make_picture, show_window
+from pipeline.gallery import Picture, choose_all, draw_picture
+from pipeline.heat import explain
 from pipeline.labels import ANY, LABELS, UNKNOWN
 from pipeline.metrics import (
     Curve,
@@ -82,6 +83,8 @@ class Evaluation:
     """By level and label: as predicted, and after temperature scaling."""
     folds: list[TrainedFold]
     pictures: list[Picture]
+    without_heat: list[str]
+    """Why some pictures have no heat map."""
 
 
 def evaluate(config: Config, store: Store, *, train: Path) -> Evaluation:
@@ -107,13 +110,15 @@ def evaluate(config: Config, store: Store, *, train: Path) -> Evaluation:
     metrics = _score_all(config, store, levels, judged, where_N2)
     if have_alone(folds):
         metrics["without_sequence"] = _headline_figures(gather(store, folds, prefix=ALONE)[0])
+    pictures, without_heat = _pictures(config, store, slices, where_N2, train=train)
     return Evaluation(
         rounded(metrics),
         {level: [thin(curve) for curve in roc_curves(scored)] for level, scored in levels.items()},
         {level: precision_recall_curves(scored) for level, scored in levels.items()},
         {level: reliabilities(found) for level, found in judged.items()},
         folds,
-        _pictures(store, slices, where_N2),
+        pictures,
+        without_heat,
     )
 
 
@@ -343,22 +348,14 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def _pictures(store: Store, slices: Scored, where_N2: Slices) -> list[Picture]:
-    window = list(store.windows).index(show_window(store.windows))
-    pictures = []
-    for kind, row in choose_slices(slices):
-        study, slice_number = (int(number) for number in where_N2[row])
-        pictures.append(
-            make_picture(
-                kind,
-                store.reader.read(study, slice_number)[..., window],
-                study=study,
-                slice_number=slice_number,
-                labels_L=slices.labels_NL[row],
-                probabilities_L=slices.probabilities_NL[row],
-            )
-        )
-    return pictures
+def _pictures(
+    config: Config, store: Store, slices: Scored, where_N2: Slices, *, train: Path
+) -> tuple[list[Picture], list[str]]:
+    """The gallery, and why some of its pictures have no heat map."""
+    chosen = choose_all(slices)
+    heats, faults = explain(config, store, chosen, slices, where_N2, train=train)
+    pictures = [draw_picture(store, one, slices, where_N2, heats.get((one.row, one.label))) for one in chosen]
+    return pictures, faults
 
 
 def curve_table(curves: dict[str, list[Curve]]) -> pd.DataFrame:

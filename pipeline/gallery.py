@@ -1,9 +1,11 @@
-"""The slices that teach most: the surest finds, the worst misses and the loudest false alarms, as pictures."""
+"""The slices that teach most, as pictures: finds, misses, false alarms and rightly free ones, the surest and the least sure of each.
+
+A slice is shown in all windows of the store, with a heat map of what its own fold's networks saw of the label in question.
+"""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,21 +13,42 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import Window
-from pipeline.labels import ANY, LABELS
+from pipeline.labels import ANY, LABELS, SUBTYPES
 from pipeline.metrics import Bools, Scored, decide
+from pipeline.sheet import SHORT, blend_heat
+from pipeline.store import Store
 
 KINDS = {
-    "found": "Found: labelled as bleeding, and called so with the highest probability",
-    "missed": "Missed: labelled as bleeding, yet not called; the lowest probabilities first",
-    "false_alarm": "False alarms: labelled as free of bleeding, yet called; the highest probabilities first",
+    "found": "Found: labelled, and called",
+    "missed": "Missed: labelled, yet not called",
+    "false_alarm": "False alarms: labelled as free of it, yet called",
+    "rightly_free": "Rightly free: labelled as free of it, and not called",
 }
 
-EACH = 4
-"""Pictures of each kind: one row of the page."""
+SUREST, LEAST_SURE = "surest", "least sure"
+
+EACH = 2
+"""Pictures of each kind and end: one row of the page."""
 
 UNDECIDED = 0.5
 """The threshold for `any` where there are too few patients to choose one on others."""
+
+LARGEST_PX = 256
+"""Slices are shown no larger: 26 of them, in three windows and with a heat map, are then about 6 MB of PNG, and one file must hold all."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A slice to show, and why."""
+
+    kind: str
+    """Of `KINDS`."""
+    end: str
+    """Whether the network was surest or least sure of what it called."""
+    label: int
+    """Number of the label that it was judged by, and that the heat map is of."""
+    row: int
+    """Among the held-out slices."""
 
 
 @dataclass(frozen=True)
@@ -33,57 +56,135 @@ class Picture:
     """A slice of the gallery; it names a study by its number in the store, never by an identifier."""
 
     kind: str
+    end: str
+    label: str
     study: int
     slice_number: int
+    """From 1, as the viewer counts."""
+    slices: int
+    """In the study."""
+    fold: int
+    """That held it out, and predicted it."""
     labelled: str
     predicted: str
-    png: str
-    """A data URI."""
+    """Of every label."""
+    windows: dict[str, str]
+    """By name, a data URI."""
+    heat: str | None
+    """The first window under the heat map, a data URI."""
 
 
-def choose_slices(slices: Scored, each: int = EACH) -> list[tuple[str, int]]:
-    """Kind and row of the gallery's slices, judged by `any`; a study stands at most once under a kind."""
-    known_N, truth, probability = slices.of(ANY)
-    rows = np.flatnonzero(known_N)
-    decisions = decide(slices, ANY)
-    called = probability >= UNDECIDED if decisions is None else decisions.called
-    of_kind: dict[str, tuple[Bools, npt.NDArray[Any]]] = {
-        "found": (truth & called, -probability),
-        "missed": (truth & ~called, probability),
-        "false_alarm": (~truth & called, -probability),
-    }
-    chosen = []
-    for kind, (is_kind, order) in of_kind.items():
-        candidates = np.flatnonzero(is_kind)
-        candidates = candidates[np.argsort(order[candidates], kind="stable")]
-        _, first = np.unique(slices.study_N[rows[candidates]], return_index=True)
-        chosen += [(kind, int(rows[candidate])) for candidate in candidates[np.sort(first)[:each]]]
+@dataclass(frozen=True)
+class Gallery:
+    """The pictures, and why some have no heat map."""
+
+    pictures: list[Picture]
+    without_heat: list[str]
+
+
+def choose_all(slices: Scored) -> list[Chosen]:
+    """The gallery: by `any` of every kind and end; by each subtype the worst miss and the loudest false alarm."""
+    chosen = choose_slices(slices)
+    for label in range(len(SUBTYPES)):
+        chosen += [one for one in choose_slices(slices, label, each=1) if _is_worst(one)]
     return chosen
 
 
-def show_window(windows: Mapping[str, Window]) -> str:
-    """The window to show: `brain`, or else the narrowest."""
-    return "brain" if "brain" in windows else min(windows, key=lambda name: windows[name].width)
+def _is_worst(one: Chosen) -> bool:
+    return one.end == SUREST and one.kind in ("missed", "false_alarm")
 
 
-def make_picture(
-    kind: str,
-    pixels: npt.NDArray[np.uint8],
-    *,
-    study: int,
-    slice_number: int,
-    labels_L: npt.NDArray[np.int8],
-    probabilities_L: npt.NDArray[Any],
+def choose_slices(slices: Scored, label: int = ANY, each: int = EACH) -> list[Chosen]:
+    """The gallery's slices by one label: of each kind those that the network was surest of, and least sure of.
+
+    What is called is surest where its probability is highest, what is not called where it is lowest. A study stands at most
+    once in a row, and a slice once under a kind.
+    """
+    known_N, truth, probability = slices.of(label)
+    rows = np.flatnonzero(known_N)
+    decisions = decide(slices, label)
+    called = probability >= UNDECIDED if decisions is None else decisions.called
+    of_kind: dict[str, Bools] = {
+        "found": truth & called,
+        "missed": truth & ~called,
+        "false_alarm": ~truth & called,
+        "rightly_free": ~truth & ~called,
+    }
+    chosen = []
+    for kind, is_kind in of_kind.items():
+        inside = np.flatnonzero(is_kind)
+        sure = np.where(called[inside], probability[inside], -probability[inside])
+        candidates = rows[inside[np.argsort(-sure, kind="stable")]]
+        surest = _one_a_study(slices, candidates)[:each]
+        rest = candidates[~np.isin(candidates, surest)][::-1]
+        for end, found in ((SUREST, surest), (LEAST_SURE, _one_a_study(slices, rest)[:each])):
+            chosen += [Chosen(kind, end, label, int(row)) for row in found]
+    return chosen
+
+
+def _one_a_study(slices: Scored, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The first row of each study, in the rows' order."""
+    _, first = np.unique(slices.study_N[rows], return_index=True)
+    return rows[np.sort(first)]
+
+
+def draw_picture(
+    store: Store, one: Chosen, slices: Scored, where_N2: npt.NDArray[np.int64], heat_RC: npt.NDArray[np.float32] | None
 ) -> Picture:
-    """A picture of one windowed slice, uint8 [row, column], and its captions."""
+    """Draw a slice in every window, and write its captions.
+
+    Args:
+        store: what the folds were trained on.
+        one: the slice.
+        slices: the held-out slices.
+        where_N2: study and slice number of each.
+        heat_RC: float32 in 0…1, or None.
+
+    Raises:
+        DamageError: the slice cannot be read.
+    """
+    study, slice_number = (int(number) for number in where_N2[one.row])
+    pixels_RCW = store.reader.read(study, slice_number)
+    heat = None if heat_RC is None else png_uri(blend_heat(pixels_RCW[..., 0], heat_RC))
+    return Picture(
+        one.kind,
+        one.end,
+        LABELS[one.label],
+        study,
+        slice_number + 1,
+        int(store.num_slices[study]),
+        int(slices.fold_N[one.row]),
+        _name_labels(slices.labels_NL[one.row]),
+        _name_probabilities(slices.probabilities_NL[one.row]),
+        {name: png_uri(pixels_RCW[..., number]) for number, name in enumerate(store.windows)},
+        heat,
+    )
+
+
+def _name_labels(labels_L: npt.NDArray[np.int8]) -> str:
     subtypes = [name for name, value in zip(LABELS, labels_L, strict=True) if value == 1 and name != "any"]
-    labelled = ", ".join(subtypes) or ("bleeding of unnamed kind" if labels_L[ANY] == 1 else "no bleeding")
-    likeliest = int(np.argmax(probabilities_L[:ANY]))
-    predicted = f"any {probabilities_L[ANY]:.2f}, {LABELS[likeliest]} {probabilities_L[likeliest]:.2f}"
-    return Picture(kind, study, slice_number, labelled, predicted, png_uri(pixels))
+    return ", ".join(subtypes) or ("bleeding of unnamed kind" if labels_L[ANY] == 1 else "no bleeding")
+
+
+def _name_probabilities(probabilities_L: npt.NDArray[Any]) -> str:
+    named = [("any", probabilities_L[ANY])]
+    named += [(SHORT[name], probabilities_L[number]) for number, name in enumerate(SUBTYPES)]
+    return ", ".join(f"{name} {_shorten(float(value))}" for name, value in named)
+
+
+def _shorten(probability: float) -> str:
+    """Two digits; what they would round to certainty says so."""
+    if 0 < probability < 0.005:
+        return "<0.01"
+    return ">0.99" if 0.995 <= probability < 1 else f"{probability:.2f}"
 
 
 def png_uri(pixels: npt.NDArray[np.uint8]) -> str:
-    """A grey picture, uint8 [row, column], as a data URI."""
-    _, encoded = cv2.imencode(".png", np.ascontiguousarray(pixels))
+    """A picture, uint8 grey [R, C] or red, green, blue [R, C, 3], as a data URI, at most `LARGEST_PX` wide and high."""
+    longest = max(pixels.shape[:2])
+    if longest > LARGEST_PX:
+        rows, columns = (round(side * LARGEST_PX / longest) for side in pixels.shape[:2])
+        pixels = np.asarray(cv2.resize(pixels, (columns, rows), interpolation=cv2.INTER_AREA), np.uint8)
+    ordered = pixels if pixels.ndim == 2 else pixels[..., ::-1]  # cv2 writes blue, green, red
+    _, encoded = cv2.imencode(".png", np.ascontiguousarray(ordered))
     return "data:image/png;base64," + base64.b64encode(encoded.tobytes()).decode()

@@ -20,10 +20,11 @@ from markupsafe import Markup
 from pipeline.calibration import Reliability
 from pipeline.charts import Axis, Band, Line, chart
 from pipeline.config import Config, Window
-from pipeline.gallery import KINDS, Picture
-from pipeline.labels import LABELS
+from pipeline.gallery import KINDS, LEAST_SURE, SUREST, Picture
+from pipeline.labels import LABELS, SUBTYPES
 from pipeline.manifest import EXCLUDED, REASONS, REPAIRED, USED
 from pipeline.metrics import ALL_FOLDS, SPECIFICITIES, Curve, PrecisionRecall
+from pipeline.sheet import SHORT
 
 TEMPLATE = "report.html.j2"
 
@@ -176,8 +177,8 @@ def render_report(
     summaries: Sequence[dict[str, Any]],
     histories: Sequence[pd.DataFrame],
     pictures: Sequence[Picture],
+    without_heat: Sequence[str],
     windows: Mapping[str, Window],
-    shown_window: str,
     accounting: dict[str, Any] | None,
     store_digest: str,
 ) -> str:
@@ -192,8 +193,8 @@ def render_report(
         summaries: each fold's summary.json.
         histories: each fold's history, one row an epoch.
         pictures: the gallery.
+        without_heat: why some pictures have no heat map.
         windows: the store's windows by name.
-        shown_window: the window that the pictures show.
         accounting: what became of each file found.
         store_digest: names the store's content.
 
@@ -222,7 +223,9 @@ def render_report(
         training=_training_panels(summaries, histories),
         summaries=summaries,
         gallery=_gallery(pictures),
-        shown_window=shown_window,
+        by_subtype=_by_subtype(pictures),
+        without_heat=without_heat,
+        short=SHORT,
         accounting=_accounting(accounting),
         one_class=ONE_CLASS,
         windows=windows,
@@ -445,8 +448,30 @@ def _training_panels(summaries: Sequence[dict[str, Any]], histories: Sequence[pd
     return panels
 
 
-def _gallery(pictures: Sequence[Picture]) -> list[tuple[str, list[Picture]]]:
-    return [(title, [picture for picture in pictures if picture.kind == kind]) for kind, title in KINDS.items()]
+Row = tuple[str, list[Picture]]
+"""Of the gallery: what stands above it, and the pictures."""
+
+
+def _gallery(pictures: Sequence[Picture]) -> list[tuple[str, list[Row]]]:
+    """The pictures by `any`: kind by kind, the surest and the least sure."""
+    whole = [picture for picture in pictures if picture.label == "any"]
+    return [
+        (
+            title,
+            [
+                (end, [one for one in whole if (one.kind, one.end) == (kind, end)])
+                for end in (SUREST, LEAST_SURE)
+                if any((one.kind, one.end) == (kind, end) for one in whole)
+            ],
+        )
+        for kind, title in KINDS.items()
+    ]
+
+
+def _by_subtype(pictures: Sequence[Picture]) -> list[Row]:
+    """The worst miss and the loudest false alarm of each subtype that has one."""
+    rows = [(label, [picture for picture in pictures if picture.label == label]) for label in SUBTYPES]
+    return [row for row in rows if row[1]]
 
 
 def _accounting(totals: dict[str, Any] | None) -> dict[str, Any] | None:

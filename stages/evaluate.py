@@ -18,7 +18,6 @@ from pipeline.evaluate import (
     training_table,
 )
 from pipeline.files import write_bytes, write_json, write_parquet
-from pipeline.gallery import show_window
 from pipeline.report import describe, render_report
 from pipeline.results import average_folds
 from pipeline.store import Store
@@ -54,8 +53,8 @@ def _write(arguments: argparse.Namespace) -> None:
         summaries=[fold.summary for fold in done.folds],
         histories=[fold.history for fold in done.folds],
         pictures=done.pictures,
+        without_heat=done.without_heat,
         windows=store.windows,
-        shown_window=show_window(store.windows),
         accounting=store.attributes.get("accounting"),
         store_digest=store.digest,
     )

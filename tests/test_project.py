@@ -21,7 +21,7 @@ LAYERS = [
     ["bootstrap", "calibration", "operating", "metrics", "baseline", "charts"],
     ["shard", "reader", "store", "folds", "source", "decoder", "header", "pixels", "manifest", "checkpoint"],
     ["processes", "live", "cluster", "loader", "sequence", "inference", "parts", "contrast"],
-    ["survey", "trained", "gradcam", "sheet", "excluded", "gallery", "results", "viewer", "phantom"],
+    ["survey", "trained", "gradcam", "sheet", "excluded", "gallery", "heat", "results", "viewer", "phantom"],
     ["index", "convert", "preprocess"],
     ["trainer", "fold", "report", "evaluate", "predict"],
 ]
@@ -43,6 +43,9 @@ TORCH = {
     "device", "model", "loss", "optimise", "loader", "processes", "checkpoint", "sequence", "inference", "trainer", "fold", "trained",
     "gradcam", "predict"
 }  # fmt: skip
+
+LATER = {"evaluate": {"torch"}}
+"""What a door may import when it works, yet must not when it is loaded: the gallery's heat maps ask the networks."""
 
 
 def modules() -> dict[str, Path]:
@@ -116,7 +119,8 @@ def test_torch_is_known_to_the_training_half_alone() -> None:
 def test_the_wall_between_the_halves(door: str, never: set[str]) -> None:
     for name in reached(door):
         path = ROOT / Path(*name.split(".")).with_suffix(".py")
-        assert not {imported.split(".")[0] for imported in imports(path)} & never, f"{door} reaches {name}"
+        written = {imported.split(".")[0] for imported in imports(path)}
+        assert not written & (never - LATER.get(door, set())), f"{door} reaches {name}"
     script = f"import sys, stages.{door}\nprint(*{{name.split('.')[0] for name in sys.modules}} & {never!r})"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
