@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,15 @@ from markupsafe import Markup
 from pipeline.calibration import Reliability
 from pipeline.charts import Axis, Band, Line, chart
 from pipeline.config import Config, Window
+from pipeline.flow import Flow, draw_flow
 from pipeline.gallery import KINDS, LEAST_SURE, SUREST, Picture
 from pipeline.labels import LABELS, SUBTYPES
 from pipeline.manifest import EXCLUDED, REASONS, REPAIRED, USED
 from pipeline.metrics import ALL_FOLDS, SPECIFICITIES, Curve, PrecisionRecall
+from pipeline.provenance import Provenance
 from pipeline.sheet import SHORT
 
 TEMPLATE = "report.html.j2"
-
-PACKAGES = ("torch", "monai", "zarr", "numpy", "scikit-learn", "pandas", "albumentations")
-"""Those that can change a figure; one that is not installed is left out."""
 
 DIGEST_SHOWN = 12
 """Characters of a digest that tell two stores apart."""
@@ -180,6 +178,8 @@ def render_report(
     without_heat: Sequence[str],
     windows: Mapping[str, Window],
     accounting: dict[str, Any] | None,
+    flow: Flow | None,
+    making: Provenance,
     store_digest: str,
 ) -> str:
     """Make the page.
@@ -196,6 +196,8 @@ def render_report(
         without_heat: why some pictures have no heat map.
         windows: the store's windows by name.
         accounting: what became of each file found.
+        flow: the same to the end, or None.
+        making: how the run was made.
         store_digest: names the store's content.
 
     Returns:
@@ -208,6 +210,7 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    page.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     page.filters.update(figure=figure, signed=signed, count=count, minutes=minutes, between=between)
     return page.get_template(TEMPLATE).render(
         metrics=metrics,
@@ -229,8 +232,10 @@ def render_report(
         accounting=_accounting(accounting),
         one_class=ONE_CLASS,
         windows=windows,
-        parameters=_parameters(config),
-        packages=_packages(),
+        flow=flow,
+        flow_svg=Markup(draw_flow(flow)) if flow else None,
+        making=making,
+        trained=[_trained(summary) for summary in summaries],
         digest=store_digest[:DIGEST_SHOWN],
     )
 
@@ -490,34 +495,18 @@ def _accounting(totals: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _parameters(config: Config) -> list[tuple[str, str]]:
-    """What shaped the result, dotted key by dotted key; where the studies lie, and the patients' salt, stay out."""
-    chosen = {
-        "preprocess": {"image_size": config.preprocess.image_size},
-        "folds": config.folds.model_dump(),
-        "train": {"folds": config.train.folds, **config.train.shaping()},
+def _trained(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What training recorded of how a fold was trained."""
+    precision, device = summary["params"].get("precision", "not recorded"), summary["device"]
+    if precision == "auto":
+        precision = "auto (bf16 where the GPU has it)" if "cuda" in device else "auto (fp32)"
+    return {
+        "fold": str(summary["fold"]),
+        "code": summary.get("code", "not recorded"),
+        "fold table": str(summary["folds_digest"])[:DIGEST_SHOWN],
+        "torch": summary.get("torch", "not recorded"),
+        "device": f"{device}; processes {summary.get('processes', 1)}, threads {summary.get('threads', '?')}",
+        "precision": precision,
+        "seed": str(summary["params"].get("seed", "not recorded")),
+        "time": minutes(summary["seconds"]),
     }
-    return list(_flat(chosen))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, value in values.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", _shown(value))]
-    return rows
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _packages() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

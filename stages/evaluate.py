@@ -18,6 +18,8 @@ from pipeline.evaluate import (
     training_table,
 )
 from pipeline.files import write_bytes, write_json, write_parquet
+from pipeline.flow import count_flow
+from pipeline.provenance import describe_making
 from pipeline.report import describe, render_report
 from pipeline.results import average_folds
 from pipeline.store import Store
@@ -56,6 +58,8 @@ def _write(arguments: argparse.Namespace) -> None:
         without_heat=done.without_heat,
         windows=store.windows,
         accounting=store.attributes.get("accounting"),
+        flow=count_flow(config, store, data=arguments.data, folds_digest=done.folds[0].summary["folds_digest"]),
+        making=describe_making(config),
         store_digest=store.digest,
     )
     folder = arguments.data / "report"

@@ -16,11 +16,11 @@ from pipeline.labels import LABELS, SUBTYPES
 from tests.conftest import ROOT
 
 LAYERS = [
-    ["errors", "labels", "progress", "files", "config", "device"],
+    ["errors", "labels", "progress", "files", "config", "device", "provenance"],
     ["head", "hounsfield", "kernel", "series", "augment", "loss", "model", "optimise"],
     ["bootstrap", "calibration", "operating", "metrics", "baseline", "charts"],
     ["shard", "reader", "store", "folds", "source", "decoder", "header", "pixels", "manifest", "checkpoint"],
-    ["processes", "live", "cluster", "loader", "sequence", "inference", "parts", "contrast"],
+    ["processes", "live", "cluster", "loader", "sequence", "inference", "parts", "flow", "contrast"],
     ["survey", "trained", "gradcam", "sheet", "excluded", "gallery", "heat", "results", "viewer", "phantom"],
     ["index", "convert", "preprocess"],
     ["trainer", "fold", "report", "evaluate", "predict"],
