@@ -203,16 +203,7 @@ def render_report(
     Returns:
         HTML.
     """
-    page = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
-    page.filters.update(figure=figure, signed=signed, count=count, minutes=minutes, between=between)
-    return page.get_template(TEMPLATE).render(
+    return open_template(TEMPLATE, escape=True).render(
         metrics=metrics,
         label_columns=LABEL_COLUMNS,
         labels=LABELS,
@@ -238,6 +229,21 @@ def render_report(
         trained=[_trained(summary) for summary in summaries],
         digest=store_digest[:DIGEST_SHOWN],
     )
+
+
+def open_template(name: str, *, escape: bool) -> jinja2.Template:
+    """A template beside this module, with the filters that write figures."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=escape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    templates.filters.update(figure=figure, signed=signed, count=count, minutes=minutes, between=between)
+    return templates.get_template(name)
 
 
 def figure(value: float | None, digits: int = 3) -> str:

@@ -2,12 +2,13 @@
 
 Reads <data>/store.zarr and <data>/train/fold-K; writes into <data>/report: metrics.json (all figures), headline.json (the
 few that tell two experiments apart), roc.csv, precision_recall.csv, reliability.csv and training.csv (curves), unlabelled.parquet
-(the folds' mean for studies without labels), and report.html.
+(the folds' mean for studies without labels), report.html and MODEL_CARD.md.
 """
 
 import argparse
 import json
 
+from pipeline.card import render_card
 from pipeline.config import load_config
 from pipeline.errors import IchorError
 from pipeline.evaluate import (
@@ -46,22 +47,25 @@ def _write(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.params)
     store = Store(arguments.data / "store.zarr")
     done = evaluate(config, store, train=arguments.data / "train")
+    summaries = [fold.summary for fold in done.folds]
+    flow = count_flow(config, store, data=arguments.data, folds_digest=summaries[0]["folds_digest"])
     page = render_report(
         config,
         metrics=done.metrics,
         curves=done.curves,
         precision_recall=done.precision_recall,
         reliability=done.reliability,
-        summaries=[fold.summary for fold in done.folds],
+        summaries=summaries,
         histories=[fold.history for fold in done.folds],
         pictures=done.pictures,
         without_heat=done.without_heat,
         windows=store.windows,
         accounting=store.attributes.get("accounting"),
-        flow=count_flow(config, store, data=arguments.data, folds_digest=done.folds[0].summary["folds_digest"]),
+        flow=flow,
         making=describe_making(config),
         store_digest=store.digest,
     )
+    card = render_card(config, store, metrics=done.metrics, summaries=summaries, flow=flow)
     folder = arguments.data / "report"
     write_json(folder / "metrics.json", done.metrics)
     write_json(folder / "headline.json", done.metrics["headline"])
@@ -75,6 +79,7 @@ def _write(arguments: argparse.Namespace) -> None:
     for name, table in tables.items():
         write_bytes(folder / f"{name}.csv", table.to_csv(index=False).encode())
     write_bytes(folder / "report.html", page.encode())
+    write_bytes(folder / "MODEL_CARD.md", card.encode())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

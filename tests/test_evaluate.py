@@ -174,7 +174,7 @@ def test_stage_writes_metrics_curves_and_report_and_prints_the_scores(
     done: Ran = run_stage("evaluate", params=run.params)
     assert done.code == 0, done.err
     tables = ["precision_recall.csv", "reliability.csv", "roc.csv", "training.csv"]
-    written = sorted(["headline.json", "metrics.json", "report.html", "unlabelled.parquet", *tables])
+    written = sorted(["MODEL_CARD.md", "headline.json", "metrics.json", "report.html", "unlabelled.parquet", *tables])
     assert sorted(run.outputs()) == written
     metrics = run.metrics()
     assert {"headline", "held_out", "counting", "headers", "strata", "slice", "study"} == set(metrics)

@@ -23,7 +23,7 @@ LAYERS = [
     ["processes", "live", "cluster", "loader", "sequence", "inference", "parts", "flow", "contrast"],
     ["survey", "trained", "gradcam", "sheet", "excluded", "gallery", "heat", "results", "viewer", "phantom"],
     ["index", "convert", "preprocess"],
-    ["trainer", "fold", "report", "evaluate", "predict"],
+    ["trainer", "fold", "report", "card", "evaluate", "predict"],
 ]
 """Words → pure functions → data at rest → data in motion → the run. Within a layer, imports go to names further left."""
 
