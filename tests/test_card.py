@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.labels import LABELS
-from tests.conftest import Cohort
+from tests.conftest import ROOT, Cohort
 from tests.test_evaluate import Run
 
 PUBLISHED = {"0.98", "0.95", "0.84"}
@@ -107,3 +107,27 @@ def test_it_says_plainly_what_the_cohort_is(cohort: Cohort, labels: str, made_up
     assert "Not a medical device" in card
     secrets = [*run.store.study, *run.store.patient_key, run.config.index.patient_salt, str(run.cohort.folder), labels]
     assert not [secret for secret in secrets if secret in card.replace("Ichor", "")]
+
+
+def test_checklists_hold_every_item_once_count_right_and_point_at_what_is_there() -> None:
+    text = (ROOT / "docs" / "checklists.md").read_text()
+    _, claim, tripod = re.split(r"^## ", text, flags=re.MULTILINE)
+    for part, pattern, items in ((claim, r"\d+", 44), (tripod, r"\d+[a-g]?", 52)):
+        rows = re.findall(rf"^\| ({pattern}) \| .+? \| (covered|partly|yours|none needed) \|", part, re.MULTILINE)
+        assert len({number for number, _ in rows}) == len(rows) == items
+        for state in ("covered", "partly", "yours"):
+            assert f"{sum(found == state for _, found in rows)} {state}" in part.splitlines()[0]
+    assert [number for number, _ in re.findall(r"^\| (\d+) \| (\S)", claim, re.MULTILINE)] == [
+        str(n) for n in range(1, 45)
+    ]
+    assert {re.sub(r"\D", "", number) for number in re.findall(r"^\| (\d+[a-g]?) \|", tripod, re.MULTILINE)} == {
+        str(number) for number in range(1, 28)
+    }
+    for name in re.findall(r"\]\((?!https)([^)]+)\)", text):
+        assert (ROOT / "docs" / name).is_file(), name
+    for name in re.findall(r"`((?:pipeline|tests)/\w+\.py)`", text):
+        assert (ROOT / name).is_file(), name
+    sections = re.findall(r"<h[23]>([^<{]+)</h[23]>", (ROOT / "pipeline" / "report.html.j2").read_text())
+    sections += re.findall(r"^## (.+)$", (ROOT / "pipeline" / "card.md.j2").read_text(), re.MULTILINE)
+    for name in re.findall(r"\*([A-Z][a-z ]+)\*", text.partition("## CLAIM")[2]):
+        assert name in sections, f"neither report nor card has a section {name!r}"

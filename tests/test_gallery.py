@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from pathlib import Path
+import re
 from typing import Any
 
 import cv2
@@ -13,7 +13,17 @@ import torch
 
 from pipeline.checkpoint import MODEL_FORMAT, write_tensors
 from pipeline.evaluate import evaluate
-from pipeline.gallery import EACH, KINDS, LARGEST_PX, LEAST_SURE, SUREST, choose_all, choose_slices, png_uri
+from pipeline.gallery import (
+    EACH,
+    KINDS,
+    LARGEST_PX,
+    LEAST_SURE,
+    SUREST,
+    _name_probabilities,
+    choose_all,
+    choose_slices,
+    png_uri,
+)
 from pipeline.gradcam import explain_slices
 from pipeline.labels import ANY, LABELS, SUBTYPES
 from pipeline.metrics import Scored, decide
@@ -162,10 +172,23 @@ def test_large_slices_are_made_smaller_and_small_ones_left_alone(shape: tuple[in
 
 def test_the_page_says_how_each_slice_is_found_in_the_viewer(cohort: Cohort) -> None:
     run = Run(cohort, folds=[0, 1])
-    done = evaluate(run.config, run.store, train=run.data / "train")
     run.evaluate()
-    page = Path(run.report / "report.html").read_text()
-    for picture in done.pictures:
-        assert f"#study={picture.study}&amp;slice={picture.slice_number}&amp;window=all" in page
-        assert f"study {picture.study}, slice {picture.slice_number} of {picture.slices}" in page
-        assert f"out of fold: fold {picture.fold}" in page
+    page = (run.report / "report.html").read_text()
+    captions = re.findall(r"<b>study (\d+), slice (\d+) of 6</b>.*?fold (\d) · <code>#(.+?)</code>", page, re.DOTALL)
+    assert len(captions) == page.count('class="zoom"') > 8
+    for study, number, fold, address in captions:
+        assert address == f"study={study}&amp;slice={number}&amp;window=all"
+        assert int(study) // 2 % 2 == int(fold)
+        assert 1 <= int(number) <= 6, "from 1, as the viewer counts"
+
+
+def test_probabilities_are_never_rounded_to_certainty() -> None:
+    named = [
+        _name_probabilities(np.array(values))
+        for values in ([0.5, 0, 0.004, 0.02, 0.996, 0.999], [0.001] * 6, [0.3] * 6)
+    ]
+    assert named == [
+        "any >0.99, EDH 0.50, SAH 0.02, SDH >0.99, the rest <0.01",
+        "any <0.01, every subtype <0.01",
+        "any 0.30, EDH 0.30, IPH 0.30, IVH 0.30, SAH 0.30, SDH 0.30",
+    ]
