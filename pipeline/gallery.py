@@ -37,7 +37,7 @@ UNDECIDED = 0.5
 
 LARGEST_PX = 256
 """Slices are shown no larger, for one file must hold all: 26 slices of the real CTs, in three windows and with a heat map, took
-2.4 MB in it (2026-11-24), and would take four times that at 512."""
+2.4 MB in it (2026-11-24)."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,9 @@ CODE = ("pipeline", "stages", "dvc.yaml", "params.yaml", "requirements.txt", "co
 
 MOST_NAMED = 5
 
+GPUS = Path("/proc/driver/nvidia/gpus")
+"""A folder a GPU, where NVIDIA's driver is."""
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -63,7 +66,7 @@ def shaping(config: Config) -> dict[str, Any]:
     if isinstance(pretrained, str):
         pretrained = Path(pretrained).name  # the folders on the way to it may name a person
     return {
-        "index": config.index.model_dump(include={"series", "max_excluded_fraction"}),
+        "index": config.index.model_dump(include={"series"}),
         "preprocess": config.preprocess.model_dump(include={"image_size", "crop", "windows"}),
         "folds": config.folds.model_dump(),
         "train": {"folds": config.train.folds, **config.train.shaping(), "pretrained": pretrained},
@@ -150,7 +153,7 @@ def _memory() -> str:
 def _gpus() -> list[str]:
     """NVIDIA's, as the driver names them: torch would take seconds to ask."""
     models = []
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+    for path in sorted(GPUS.glob("*/information")):
         models += [line.partition(":")[2].strip() for line in _read(path).splitlines() if line.startswith("Model:")]
     return models
 

@@ -85,3 +85,15 @@ def test_machine_and_versions_are_these() -> None:
     versions = find_packages()
     assert versions["Python"] == platform.python_version()
     assert {"torch", "numpy", "scikit-learn"} <= set(versions)
+
+
+def test_gpus_are_named_as_the_driver_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("0000:19:00.0", "0000:3b:00.0"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "information").write_text(
+            f"Model: \t\t NVIDIA H200\nIRQ:   \t\t 18\nBus Location: \t {place}\n"
+        )
+    monkeypatch.setattr("pipeline.provenance.GPUS", tmp_path)
+    assert dict(find_machine())["GPU"] == "NVIDIA H200, NVIDIA H200"
+    monkeypatch.setattr("pipeline.provenance.GPUS", tmp_path / "none")
+    assert dict(find_machine())["GPU"] == "none"
