@@ -81,6 +81,8 @@ def _read_networks(config: Config, store: Store, fold: int, *, train: Path) -> M
     from pipeline.trained import MODEL_FILE, read_model
 
     path = train / f"fold-{fold}" / MODEL_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no model; train fold {fold} again")
     model = read_model([path], device="cpu", store=store.path)
     found = model.folds[0]
     others = differences(model.params, config.train.shaping())

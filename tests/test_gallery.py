@@ -153,9 +153,11 @@ def test_a_network_that_cannot_be_asked_costs_its_heat_maps_alone_and_is_named(c
     assert "under the heat map of" not in page
     assert page.count('class="zoom"') > 8
     write_model(run, 0)
+    (run.data / "train" / "fold-1" / "model.pt").unlink()
     assert run.evaluate() == metrics, "no figure depends on it"
     page = (run.report / "report.html").read_text()
     assert "fold-0/model.pt" not in page
+    assert "fold-1/model.pt: there is no model; train fold 1 again" in page
     assert "under the heat map of any" in page
 
 
