@@ -58,6 +58,24 @@ def read_fold(folder: Path, fold: int, *, config: Config, store_digest: str) -> 
         CheckpointError: see `evaluate`.
     """
     try:
+        result = read_results(folder, fold, store_digest=store_digest)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{error.filename or folder}: fold {fold} is not trained, and train.folds = {config.train.folds} names it; "
+            f"run `python -m stages.train --fold {fold}` (or `dvc repro`), or take {fold} out of train.folds"
+        ) from None
+    _check_params(folder, result, config)
+    return result
+
+
+def read_results(folder: Path, fold: int, *, store_digest: str) -> TrainedFold:
+    """Read a fold's results, whatever parameters it was trained with.
+
+    Raises:
+        FileNotFoundError: it is not trained, or not yet.
+        CheckpointError: a file cannot be read, is not of this fold, or was trained on another store.
+    """
+    try:
         result = TrainedFold(
             fold,
             json.loads((folder / "summary.json").read_bytes()),
@@ -65,19 +83,16 @@ def read_fold(folder: Path, fold: int, *, config: Config, store_digest: str) -> 
             pd.read_parquet(folder / "predictions.parquet"),
             pd.read_parquet(folder / "unlabelled.parquet"),
         )
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{error.filename or folder}: fold {fold} is not trained, and train.folds = {config.train.folds} names it; "
-            f"run `python -m stages.train --fold {fold}` (or `dvc repro`), or take {fold} out of train.folds"
-        ) from None
+    except FileNotFoundError:
+        raise
     except (ValueError, OSError) as error:  # JSON, CSV and Parquet raise kinds of these
         raise CheckpointError(f"{folder}: fold {fold}'s results cannot be read ({error}); train it again") from None
-    _check_summary(folder, result, config=config, store_digest=store_digest)
+    _check_summary(folder, result, store_digest=store_digest)
     _check_predictions(folder, result)
     return result
 
 
-def _check_summary(folder: Path, result: TrainedFold, *, config: Config, store_digest: str) -> None:
+def _check_summary(folder: Path, result: TrainedFold, *, store_digest: str) -> None:
     fold, summary = result.fold, result.summary
     if not isinstance(summary, dict) or SUMMARY - set(summary) or summary["fold"] != fold:
         raise CheckpointError(f"{folder}/summary.json: not the summary of fold {fold}; train fold {fold} again")
@@ -88,6 +103,10 @@ def _check_summary(folder: Path, result: TrainedFold, *, config: Config, store_d
             f"{folder}: fold {fold} was trained on store {str(summary.get('store_digest'))[:12]}, the store is now "
             f"{store_digest[:12]}; run `dvc repro` to train it again, or preprocess with the old parameters"
         )
+
+
+def _check_params(folder: Path, result: TrainedFold, config: Config) -> None:
+    fold, summary = result.fold, result.summary
     expected = {"train": config.train.shaping(), "folds": config.folds.model_dump()}
     found = {"train": summary.get("params"), "folds": summary.get("folds_params")}
     for key, (then, now) in differences(found, expected).items():
@@ -130,7 +149,10 @@ def _check_table(path: Path, table: pd.DataFrame, fold: int) -> None:
     if missing:
         raise CheckpointError(f"{path}: fold {fold} lacks the column(s) {', '.join(missing)}; train it again")
     alone = [column for column in table if column.startswith(ALONE)]
-    probabilities = table[[*LABELS, *alone]].to_numpy(np.float64)
+    try:
+        probabilities = table[[*LABELS, *alone]].to_numpy(np.float64)
+    except (ValueError, TypeError):
+        raise CheckpointError(f"{path}: fold {fold} holds probabilities that are no numbers; train it again") from None
     bad = int((~((probabilities >= 0) & (probabilities <= 1))).any(axis=1).sum())  # NaN is neither
     if bad:
         raise CheckpointError(f"{path}: fold {fold} has {bad} row(s) with no probability in 0 to 1; train it again")
@@ -157,12 +179,7 @@ def gather(store: Store, folds: Sequence[TrainedFold], *, prefix: str = "") -> t
     """
     columns = [*COLUMNS[:3], *(prefix + name for name in LABELS)]
     table = pd.concat([result.predictions[columns] for result in folds], ignore_index=True)
-    twice = table[table["image_id"].duplicated()]
-    if len(twice):
-        raise CheckpointError(
-            f"{len(twice)} slice(s) are held out twice, one of them in fold {twice['fold'].iloc[0]}; expected each "
-            f"in one fold; train these folds again"
-        )
+    check_held_out_once(table)
     number_N = locate(store, table)
     order = np.argsort(number_N)
     table, where_N2 = table.iloc[order], store.slices[number_N[order]]
@@ -177,6 +194,16 @@ def gather(store: Store, folds: Sequence[TrainedFold], *, prefix: str = "") -> t
         table["fold"].to_numpy(np.int64),
     )
     return scored, where_N2
+
+
+def check_held_out_once(table: pd.DataFrame) -> None:
+    """A slice that two folds hold out would count twice."""
+    twice = table[table["image_id"].duplicated()]
+    if len(twice):
+        raise CheckpointError(
+            f"{len(twice)} slice(s) are held out twice, one of them in fold {twice['fold'].iloc[0]}; expected each "
+            f"in one fold; train these folds again"
+        )
 
 
 def locate(store: Store, table: pd.DataFrame) -> npt.NDArray[np.int64]:

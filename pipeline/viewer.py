@@ -23,11 +23,20 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pipeline.errors import DamageError, IchorError, SourceError
+from pipeline.errors import CheckpointError, DamageError, IchorError, SourceError
 from pipeline.gallery import UNDECIDED
 from pipeline.labels import LABELS, UNKNOWN
 from pipeline.manifest import USED
 from pipeline.metrics import Scored, decide, to_studies
+from pipeline.results import (
+    COLUMNS,
+    TrainedFold,
+    average_folds,
+    check_held_out_once,
+    check_one_dealing,
+    locate,
+    read_results,
+)
 from pipeline.sheet import SHORT
 from pipeline.store import Store
 
@@ -64,62 +73,54 @@ class Predictions:
     """NaN where nothing was predicted."""
     fold_S: npt.NDArray[np.int64]
     """The fold that held the study out; −1 where none did (not predicted, or without labels: then the folds' mean is shown)."""
+    folds: tuple[int, ...]
+    """Those that could be used."""
     notes: list[str]
     """What the reader of the page should know: what was left out, and why."""
 
 
 def read_predictions(train: Path, store: Store) -> Predictions:
-    """Read the predictions of every fold below `train` that was trained on this store; what cannot be used is noted, not raised."""
-    total_SKL = np.zeros((*store.image_id.shape, len(LABELS)))
-    count_SK = np.zeros(store.image_id.shape, np.int64)
-    fold_S = np.full(len(store.study), NO_FOLD, np.int64)
+    """Read the predictions of every fold below `train`, by the evaluation's rules, but for these: it may have been trained with any
+    parameters, and what cannot be used is noted, not raised.
+    """
+    folds: list[TrainedFold] = []
     notes: list[str] = []
-    where_N2 = store.slices
-    stored = pd.Index(store.image_id[where_N2[:, 0], where_N2[:, 1]])
     for folder in sorted(train.glob("fold-*"), key=lambda path: (len(path.name), path.name)):
         try:
-            tables, fold = _read_fold(folder, store.digest)
-            held_out, unlabelled = (_locate(table, stored, where_N2) for table in tables)
-            if (fold_S[held_out[0]] != NO_FOLD).any():
-                raise IchorError("predicts studies that another fold held out too")
+            folds.append(_read_beside(folds, folder, store))
+        except FileNotFoundError as error:
+            notes.append(f"{folder.name} is left out: it has no {Path(error.filename).name}; it may still be training")
         except IchorError as error:
-            notes.append(f"{folder.name} is left out: it {error}")
-            continue
-        fold_S[held_out[0]] = fold
-        for table, (study_N, slice_N) in zip(tables, (held_out, unlabelled), strict=True):
-            total_SKL[study_N, slice_N] += table[list(LABELS)].to_numpy(np.float64)
-            count_SK[study_N, slice_N] += 1
-    if not count_SK.any():
+            notes.append(f"{folder.name} is left out. {error}")
+    probabilities_SKL = np.full((*store.image_id.shape, len(LABELS)), np.nan)
+    fold_S = np.full(len(store.study), NO_FOLD, np.int64)
+    if folds:
+        held_out = pd.concat([result.predictions for result in folds], ignore_index=True)
+        fold_S[_put(held_out, store, probabilities_SKL)] = held_out["fold"]
+        _put(average_folds(folds), store, probabilities_SKL)
+    if np.isnan(probabilities_SKL).all():
         notes.append("No predictions yet; after `dvc repro` they stand here beside the labels")
-    folds_SK1 = count_SK[..., None]
-    return Predictions(np.where(folds_SK1 > 0, total_SKL / np.maximum(folds_SK1, 1), np.nan), fold_S, notes)
+    return Predictions(probabilities_SKL, fold_S, tuple(result.fold for result in folds), notes)
 
 
-def _locate(table: pd.DataFrame, stored: pd.Index, where_N2: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Study and slice number of each row: int64 [2, N]."""
-    number_N = stored.get_indexer(pd.Index(table["image_id"]))
-    if (number_N < 0).any():
-        raise IchorError("predicts slices that the store does not hold")
-    return where_N2[number_N].T
+def _read_beside(folds: list[TrainedFold], folder: Path, store: Store) -> TrainedFold:
+    """A fold's results, if they stand beside those of the others as in an evaluation."""
+    number = folder.name.removeprefix("fold-")
+    if not (number.isascii() and number.isdecimal()):
+        raise CheckpointError(f"{folder}: not a fold's folder, such as fold-0")
+    result = read_results(folder, int(number), store_digest=store.digest)
+    together = [*folds, result]
+    check_one_dealing(together)
+    check_held_out_once(pd.concat([one.predictions[["image_id", "fold"]] for one in together], ignore_index=True))
+    locate(store, pd.concat([result.predictions[COLUMNS], result.unlabelled[COLUMNS]], ignore_index=True))
+    return result
 
 
-def _read_fold(folder: Path, store_digest: str) -> tuple[tuple[pd.DataFrame, pd.DataFrame], int]:
-    """A fold's predictions, held out and unlabelled, and its number; what is wrong with it is said as ``it …``."""
-    try:
-        summary = json.loads((folder / "summary.json").read_bytes())
-        held_out, unlabelled = (pd.read_parquet(folder / f"{name}.parquet") for name in ("predictions", "unlabelled"))
-        digest, fold = summary["store_digest"], int(summary["fold"])
-        values = np.concatenate([table[list(LABELS)].to_numpy(np.float64) for table in (held_out, unlabelled)])
-        complete = all("image_id" in table and table["image_id"].is_unique for table in (held_out, unlabelled))
-    except FileNotFoundError as error:
-        raise IchorError(f"has no {Path(error.filename).name}; it may still be training") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:  # JSON and Parquet raise kinds of these
-        raise IchorError(f"cannot be read ({type(error).__name__}); train it again") from None
-    if digest != store_digest:
-        raise IchorError(f"was trained on store {str(digest)[:12]}, and this is {store_digest[:12]}")
-    if not (complete and ((values >= 0) & (values <= 1)).all()):  # NaN is neither
-        raise IchorError("does not hold one probability from 0 to 1 a slice and label; train it again")
-    return (held_out, unlabelled), fold
+def _put(table: pd.DataFrame, store: Store, probabilities_SKL: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Put a table's probabilities where their slices are; the study of each row, int64 [N]."""
+    study_N, slice_N = store.slices[locate(store, table)].T
+    probabilities_SKL[study_N, slice_N] = table[list(LABELS)].to_numpy(np.float64)
+    return study_N
 
 
 Findings = dict[str, dict[str, int]]

@@ -30,6 +30,7 @@ from pipeline.labels import LABELS
 from pipeline.manifest import write_manifest
 from pipeline.preprocess import preprocess
 from pipeline.reader import shard_name
+from pipeline.results import SUMMARY
 from pipeline.store import Store
 from pipeline.viewer import Catalogue, ViewerServer, name_directions, read_findings, read_predictions
 from tests.conftest import ROOT, Cohort
@@ -38,7 +39,9 @@ STUDIES, SLICES = 6, 8
 PATIENCE_S = 20
 
 
-def write_fold(data: Path, store: Store, *, fold: int, studies: list[int], digest: str | None = None) -> pd.DataFrame:
+def write_fold(
+    data: Path, store: Store, *, fold: int, studies: list[int], digest: str = "", dealing: str = ""
+) -> pd.DataFrame:
     """A fold's results: slices labelled positive get 0.9, others 0.1, but for one miss and one false alarm in study 0."""
     rows = []
     for study in studies:
@@ -52,7 +55,13 @@ def write_fold(data: Path, store: Store, *, fold: int, studies: list[int], diges
     folder.mkdir(parents=True)
     table.to_parquet(folder / "predictions.parquet")
     table[:0].to_parquet(folder / "unlabelled.parquet")
-    (folder / "summary.json").write_text(json.dumps({"fold": fold, "store_digest": digest or store.digest}))
+    pd.DataFrame({"epoch": [1], "train_loss": 0.5, "valid_loss": 0.5}).to_csv(folder / "history.csv", index=False)
+    summary = dict.fromkeys(SUMMARY, 1) | {
+        "fold": fold,
+        "store_digest": digest or store.digest,
+        "folds_digest": dealing,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
     return table
 
 
@@ -185,7 +194,8 @@ def test_several_folds_are_one_and_unlabelled_studies_get_their_mean(store: Stor
     write_fold(data, store, fold=0, studies=[0, 1])
     write_fold(data, store, fold=1, studies=[2, 3, 4])
     for fold, value in ((0, 0.2), (1, 0.6)):
-        table = pd.DataFrame({"image_id": store.image_id[5, :SLICES], **dict.fromkeys(LABELS, value)})
+        rows = {"image_id": store.image_id[5, :SLICES], "study_uid": store.study[5], "fold": fold}
+        table = pd.DataFrame({**rows, **dict.fromkeys(LABELS, value)})
         table.to_parquet(data / "train" / f"fold-{fold}" / "unlabelled.parquet")
     predictions = read_predictions(data / "train", store)
     assert predictions.fold_S.tolist() == [0, 0, 1, 1, 1, -1]
@@ -204,18 +214,30 @@ def test_folds_that_cannot_be_used_are_named_and_left_out(store: Store) -> None:
     table = write_fold(data, store, fold=5, studies=[3])
     table.assign(any=1.5).to_parquet(data / "train" / "fold-5" / "predictions.parquet")
     write_fold(data, store, fold=6, studies=[3])
-    table.assign(image_id=[f"x{row}" for row in range(len(table))]).to_parquet(
+    table.assign(fold=6, image_id=[f"x{row}" for row in range(len(table))]).to_parquet(
         data / "train" / "fold-6" / "predictions.parquet"
     )
+    write_fold(data, store, fold=7, studies=[4], dealing="another")
+    (write_fold(data, store, fold=8, studies=[4]).assign(subdural="high")).to_parquet(
+        data / "train" / "fold-8" / "predictions.parquet"
+    )
+    write_fold(data, store, fold=9, studies=[4])
+    (data / "train" / "fold-9" / "history.csv").unlink()
+    (data / "train" / "fold-old").mkdir()
     predictions = read_predictions(data / "train", store)
     expected = {
         "fold-1": "was trained on store ffffffffffff",
         "fold-2": "cannot be read",
-        "fold-3": "another fold held out too",
-        "fold-4": "has no summary.json",
-        "fold-5": "one probability from 0 to 1",
+        "fold-3": "held out twice",
+        "fold-4": "has no summary.json; it may still be training",
+        "fold-5": "no probability in 0 to 1",
         "fold-6": "the store does not hold",
+        "fold-7": "different fold tables",
+        "fold-8": "no numbers",
+        "fold-9": "has no history.csv",
+        "fold-old": "not a fold's folder",
     }
+    assert predictions.folds == (0,)
     assert len(predictions.notes) == len(expected)
     for note, (fold, why) in zip(predictions.notes, expected.items(), strict=True):
         assert note.startswith(f"{fold} is left out")
