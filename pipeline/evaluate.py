@@ -20,7 +20,7 @@ from pipeline.bootstrap import Floats, Ranked, Statistic, interval, resample
 from pipeline.calibration import Reliability
 from pipeline.config import Config
 from pipeline.gallery import Picture, choose_all, draw_picture
-from pipeline.heat import explain
+from pipeline.heat import explain_chosen
 from pipeline.labels import ANY, LABELS, UNKNOWN
 from pipeline.metrics import (
     Curve,
@@ -353,7 +353,7 @@ def _pictures(
 ) -> tuple[list[Picture], list[str]]:
     """The gallery, and why some of its pictures have no heat map."""
     chosen = choose_all(slices)
-    heats, faults = explain(config, store, chosen, slices, where_N2, train=train)
+    heats, faults = explain_chosen(config, store, chosen, slices, where_N2, train=train)
     pictures = [draw_picture(store, one, slices, where_N2, heats.get((one.row, one.label))) for one in chosen]
     return pictures, faults
 

@@ -1,10 +1,16 @@
-"""Where the folds' own networks looked in the slices of the gallery: each slice is asked of the networks that never learnt from it."""
+"""Heat maps of a store's slices, when they are asked for: the report's gallery asks for all at once, the viewer one by one.
+
+torch and the networks are loaded with the first map: who only looks at slices or scores waits for neither. All of it runs on the CPU:
+a viewer beside a running training takes nothing of its GPU, and a report's maps are the same wherever it is made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +24,23 @@ from pipeline.store import Store
 if TYPE_CHECKING:
     from pipeline.trained import Model
 
-Heats = dict[tuple[int, int], npt.NDArray[np.float32]]
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+KEPT_BYTES = 64 << 20
+"""Of maps: 4,096 at 128 × 128, the studies of an hour's reading."""
+
+MODELS_KEPT = 6
+"""Five folds and their mean."""
+
+Heat = npt.NDArray[np.uint8]
+"""uint8 [row, column], 255 where the map is highest; all 0 where nothing speaks for the label."""
+
+GalleryHeat = dict[tuple[int, int], npt.NDArray[np.float32]]
 """Of a row and a label: float32 [R, C] in 0…1."""
 
 
-def explain(
+def explain_chosen(
     config: Config,
     store: Store,
     chosen: Sequence[Chosen],
@@ -30,8 +48,8 @@ def explain(
     where_N2: npt.NDArray[np.int64],
     *,
     train: Path,
-) -> tuple[Heats, list[str]]:
-    """Heat maps of the chosen slices, each by the networks of the fold that held it out.
+) -> tuple[GalleryHeat, list[str]]:
+    """Heat maps of the gallery's slices, each by the networks of the fold that held it out.
 
     Args:
         config: the parameters of the run.
@@ -47,45 +65,124 @@ def explain(
     Raises:
         DamageError: a slice cannot be read.
     """
-    # Only here: torch takes seconds to load, and `--show`, `--help` and the scores themselves do without it.
-    from pipeline.gradcam import explain_slices
-
-    heats: Heats = {}
+    heats: GalleryHeat = {}
     faults = []
     for fold in np.unique([slices.fold_N[one.row] for one in chosen]):
         wanted = sorted({(one.row, one.label) for one in chosen if slices.fold_N[one.row] == fold})
         row_N, label_N = np.array(wanted).T
         try:
-            model = _read_networks(config, store, int(fold), train=train)
+            model = read_networks(store, [int(fold)], train=train)
+            _require_same_run(model, config, train / f"fold-{fold}")
         except IchorError as error:
             faults.append(str(error).replace(f"{train}/", ""))  # a folder's name may be a person's
             continue
-        maps = explain_slices(
-            model.folds[0].networks,
-            store.reader,
-            where_N2[row_N],
-            label_N,
-            neighbours=model.params["neighbours"],
-            device=model.device,
-        )
-        heats |= dict(zip(wanted, maps, strict=True))
+        heats |= dict(zip(wanted, _explain(model, store, where_N2[row_N], label_N), strict=True))
     return heats, faults
 
 
-def _read_networks(config: Config, store: Store, fold: int, *, train: Path) -> Model:
-    """A fold's networks, on the CPU: they are asked of a few slices, and a GPU would draw its own last digits.
+def read_networks(store: Store, folds: Sequence[int], *, train: Path) -> Model:
+    """The networks of some folds that were trained on a store.
 
     Raises:
-        CheckpointError: they are missing, damaged, or of another run.
+        CheckpointError: they are missing, damaged, of another fold, or trained on another store.
     """
     from pipeline.trained import MODEL_FILE, read_model
 
-    path = train / f"fold-{fold}" / MODEL_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no model; train fold {fold} again")
-    model = read_model([path], device="cpu", store=store.path)
-    found = model.folds[0]
-    others = differences(model.params, config.train.shaping())
-    if (found.fold, found.origin["store_digest"]) != (fold, store.digest) or others:
-        raise CheckpointError(f"{path}: not of the run that left fold {fold}'s predictions; train it again")
+    paths = [train / f"fold-{fold}" / MODEL_FILE for fold in folds]
+    for path in paths:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not there, and heat maps need the networks; run `dvc repro` to train them")
+    model = read_model(paths, device="cpu", store=store.path)
+    for path, expected, found in zip(paths, folds, model.folds, strict=True):
+        digest = str(found.origin["store_digest"])
+        if digest != store.digest:
+            raise CheckpointError(
+                f"{path}: trained on store {digest[:12]}, and this is {store.digest[:12]}; run `dvc repro`"
+            )
+        if found.fold != expected:
+            raise CheckpointError(f"{path}: expected fold {expected}, found {found.fold}; train it again")
     return model
+
+
+def _require_same_run(model: Model, config: Config, folder: Path) -> None:
+    if differences(model.params, config.train.shaping()):
+        raise CheckpointError(f"{folder}/model.pt: not of the run that left the fold's predictions; train it again")
+
+
+def _explain(
+    model: Model, store: Store, slices_N2: npt.NDArray[np.int64], label_N: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """float32 [N, R, C]: the mean over all networks of all folds of the model."""
+    from pipeline.gradcam import explain_slices
+
+    return explain_slices(
+        [network for fold in model.folds for network in fold.networks],
+        store.reader,
+        slices_N2,
+        label_N,
+        neighbours=model.params["neighbours"],
+        device=model.device,
+    )
+
+
+class HeatMaps:
+    """Makes the maps, and keeps the latest; may be asked from many threads.
+
+    Args:
+        store: of the slices.
+        train: folder of the folds that were trained on it.
+    """
+
+    def __init__(self, store: Store, train: Path) -> None:
+        self.store, self.train = store, train
+        self.lock = threading.Lock()
+        """Held while a map is made: two at once would only take the cores from one another."""
+        self._maps: dict[tuple[int, int, int], Heat] = {}
+        self._models: dict[tuple[int, ...], Model] = {}
+
+    def make(self, study: int, slice_number: int, label: int, *, folds: tuple[int, ...]) -> Heat:
+        """The map of one slice for one label, by the networks of these folds, averaged.
+
+        Raises:
+            CheckpointError: a fold's networks are missing, damaged, or trained on another store.
+            DamageError: the slice or a neighbour cannot be read.
+        """
+        place = study, slice_number, label
+        kept = self._maps.get(place)  # without the lock: what is kept does not wait for what is being made
+        if kept is not None:
+            return kept
+        with self.lock:
+            if place not in self._maps:
+                heat = self._explain(study, slice_number, label, self._load(folds))
+                _keep(self._maps, place, heat, most=max(1, KEPT_BYTES // heat.nbytes))
+            return self._maps[place]
+
+    def _explain(self, study: int, slice_number: int, label: int, model: Model) -> Heat:
+        with _one_core_spared():
+            (heat_RC,) = _explain(model, self.store, np.array([[study, slice_number]]), np.array([label]))
+        return np.rint(heat_RC * 255).astype(np.uint8)
+
+    def _load(self, folds: tuple[int, ...]) -> Model:
+        if folds not in self._models:
+            _keep(self._models, folds, read_networks(self.store, folds, train=self.train), most=MODELS_KEPT)
+        return self._models[folds]
+
+
+@contextmanager
+def _one_core_spared() -> Iterator[None]:
+    """The browser needs one to draw: threads that waited for one another and for it took 100 ms for a map, not 5 (two cores)."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _keep(kept: dict[Key, Value], key: Key, value: Value, *, most: int) -> None:
+    """Put a value in; the oldest go."""
+    kept[key] = value
+    while len(kept) > most:
+        del kept[next(iter(kept))]

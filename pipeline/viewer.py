@@ -2,7 +2,8 @@
 
 Served from memory to this machine alone: the socket is on loopback, every address begins with a secret drawn at the start, a Host
 header of another name is refused (a foreign page whose name is made to point at 127.0.0.1 sends its own), and nothing but GET is
-answered. No path of a request reaches the file system, and nothing is kept in the browser's cache on disk.
+answered. No path of a request reaches the file system, and nothing is kept in the browser's cache on disk. Each request has a
+thread, so that slices scroll while a heat map is made.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from pipeline.errors import CheckpointError, DamageError, IchorError, SourceError
 from pipeline.gallery import UNDECIDED
+from pipeline.heat import HeatMaps
 from pipeline.labels import LABELS, UNKNOWN
 from pipeline.manifest import USED
 from pipeline.metrics import Scored, decide, to_studies
@@ -37,7 +40,7 @@ from pipeline.results import (
     locate,
     read_results,
 )
-from pipeline.sheet import SHORT
+from pipeline.sheet import HEAT_SHARE, SHORT
 from pipeline.store import Store
 
 HOST = "127.0.0.1"
@@ -123,6 +126,28 @@ def _put(table: pd.DataFrame, store: Store, probabilities_SKL: npt.NDArray[np.fl
     return study_N
 
 
+def choose_explainers(predictions: Predictions, study: int) -> tuple[tuple[int, ...], str]:
+    """The folds whose networks may explain a study, and who they are, or why there are none.
+
+    Only networks that never learned from the study: where they look in what they know by heart would say little.
+    """
+    fold = int(predictions.fold_S[study])
+    if fold != NO_FOLD:
+        return (fold,), f"the CNN of fold {fold}, which never saw this patient"
+    if not np.isnan(predictions.probabilities_SKL[study]).all():
+        named = ", ".join(map(str, predictions.folds))
+        return (
+            predictions.folds,
+            f"the mean of the CNNs of fold(s) {named}; without labels, none learned from this study",
+        )
+    if predictions.folds:
+        return (), (
+            "No heat map: no fold that is trained held this study out, and a network that may have learned from it does not "
+            "explain it. With all folds in train.folds (params.yaml), `dvc repro` holds every study out once."
+        )
+    return (), "No heat map: there are no trained networks of this store yet; `dvc repro` makes them."
+
+
 Findings = dict[str, dict[str, int]]
 """Study uid → what was done to its files and why, such as ``excluded: garbage`` → how many."""
 
@@ -160,10 +185,11 @@ class Catalogue:
         store: the opened store.
         predictions: of its slices.
         findings: what was excluded and repaired on the way into the store.
+        heat: makes its heat maps.
     """
 
-    def __init__(self, store: Store, predictions: Predictions, findings: Findings) -> None:
-        self.store, self.predictions, self.findings = store, predictions, findings
+    def __init__(self, store: Store, predictions: Predictions, findings: Findings, heat: HeatMaps) -> None:
+        self.store, self.predictions, self.findings, self.heat = store, predictions, findings, heat
         probabilities_SKL = predictions.probabilities_SKL
         self.calls_SKL: Calls = np.full(probabilities_SKL.shape, UNKNOWN, np.int8)
         self.study_calls_SL: Calls = np.full((len(store.study), len(LABELS)), UNKNOWN, np.int8)
@@ -195,6 +221,7 @@ class Catalogue:
             ],
             "labels": list(LABELS),
             "short": [SHORT.get(name, "ICH") for name in LABELS],
+            "heat": {"colours": heat_colours(), "share": HEAT_SHARE},
             "notes": self.predictions.notes,
             "undecided": self.undecided,
             "studies": {
@@ -217,6 +244,7 @@ class Catalogue:
         """All but the pixels of one study: its slices' positions, labels, probabilities and calls."""
         store, count = self.store, int(self.store.num_slices[study])
         right, bottom = name_directions(store.per_study["orientation"][study])
+        folds, explainers = choose_explainers(self.predictions, study)
         facts = {name: float(store.per_study[name][study]) for name in ("slice_spacing_mm", "thickness_mm", "tilt_deg")}
         return {
             "study": study,
@@ -232,6 +260,8 @@ class Catalogue:
             "labels": store.labels[study, :count].tolist(),
             "probabilities": [_numbers(row) for row in self.predictions.probabilities_SKL[study, :count]],
             "calls": self.calls_SKL[study, :count].tolist(),
+            "explainable": bool(folds),
+            "explainers": explainers,
         }
 
     def read_study(self, study: int) -> bytes:
@@ -250,6 +280,22 @@ class Catalogue:
         head = {**self.describe_study(study), "damaged": damaged}
         return _to_json(head) + b"\n" + pixels_SRCW.tobytes()
 
+    def read_heat(self, study: int, slice_number: int, label: int) -> bytes:
+        """A heat map: a line of JSON (`trouble`: why there is none), then uint8 [row, column] if there is one."""
+        folds, explainers = choose_explainers(self.predictions, study)
+        try:
+            if not folds:
+                raise IchorError(explainers)
+            heat = self.heat.make(study, slice_number, label, folds=folds)
+        except IchorError as error:
+            return _to_json({"trouble": str(error)}) + b"\n"
+        return _to_json({"trouble": ""}) + b"\n" + heat.tobytes()
+
+    def has(self, study: int, slice_number: int = 0, label: int = 0) -> bool:
+        """Whether there is such a study, with such a slice, and such a label."""
+        counts = self.store.num_slices
+        return study < len(counts) and slice_number < counts[study] and label < len(LABELS)
+
 
 def call(scored: Scored) -> tuple[Calls, list[str]]:
     """Call every row as the evaluation does: at a threshold that was chosen on other patients.
@@ -266,6 +312,36 @@ def call(scored: Scored) -> tuple[Calls, list[str]]:
         if decisions is None:
             undecided.append(name)
     return calls_NL, undecided
+
+
+def heat_colours() -> str:
+    """The colours of a heat map, coldest to hottest, each as six hexadecimal digits: those of `pipeline.sheet.blend_heat`."""
+    ramp_1C = np.arange(256, dtype=np.uint8)[None]
+    return cv2.applyColorMap(ramp_1C, cv2.COLORMAP_INFERNO)[..., ::-1].tobytes().hex()
+
+
+LIKELIEST = "likeliest"
+"""Instead of a label's name: the subtype that each slice is said to show most probably."""
+
+
+def make_fragment(store: Store, *, study: str | None, slice_number: int | None, heat: str | None) -> str:
+    """What follows the page's address to show a study, a slice of it (from 1, as the page counts) and a label's heat map.
+
+    Raises:
+        IchorError: there is no such study or slice.
+    """
+    if study is None:
+        if slice_number is not None:
+            raise IchorError(f"--slice {slice_number}: of which study? Give --study UID or N too")
+        return f"#heat={heat}" if heat else ""
+    number = store.find_study(study)
+    words = [f"study={number}"]
+    if slice_number is not None:
+        count = int(store.num_slices[number])
+        if not 1 <= slice_number <= count:
+            raise IchorError(f"--slice {slice_number}: study {number} has slices 1 to {count}")
+        words.append(f"slice={slice_number}")
+    return "#" + "&".join([*words, f"heat={heat}"] if heat else words)
 
 
 def name_directions(cosines: npt.NDArray[np.floating]) -> tuple[str, str]:
@@ -375,24 +451,27 @@ class _Handler(BaseHTTPRequestHandler):
             )
 
     def _route(self, path: str) -> None:
-        name, _, number = path.partition("/")
+        catalogue, (name, *rest) = self.server.catalogue, path.split("/")
+        numbers = _to_numbers(rest)
         if path == "":
-            nonce = secrets.token_urlsafe(16)
-            policy = (
-                f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
-                "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-            )
-            page = self.server.page.replace(NONCE, nonce.encode())
-            self._answer(HTTPStatus.OK, page, "text/html; charset=utf-8", {"Content-Security-Policy": policy})
+            self._answer_page()
         elif path == "overview":
             self._answer(HTTPStatus.OK, self.server.overview, "application/json")
-        elif name == "study" and number.isascii() and number.isdecimal() and self._has(number):
-            self._answer(HTTPStatus.OK, self.server.catalogue.read_study(int(number)), "application/octet-stream")
+        elif name == "study" and len(numbers) == 1 and catalogue.has(*numbers):
+            self._answer(HTTPStatus.OK, catalogue.read_study(*numbers), "application/octet-stream")
+        elif name == "heat" and len(numbers) == 3 and catalogue.has(*numbers):
+            self._answer(HTTPStatus.OK, catalogue.read_heat(*numbers), "application/octet-stream")
         else:
-            self._say(HTTPStatus.NOT_FOUND, "No such page or study.")
+            self._say(HTTPStatus.NOT_FOUND, "No such page, study or slice.")
 
-    def _has(self, number: str) -> bool:
-        return len(number) < 10 and int(number) < len(self.server.catalogue.store.study)
+    def _answer_page(self) -> None:
+        nonce = secrets.token_urlsafe(16)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        page = self.server.page.replace(NONCE, nonce.encode())
+        self._answer(HTTPStatus.OK, page, "text/html; charset=utf-8", {"Content-Security-Policy": policy})
 
     def _asks_us(self) -> bool:
         hosts = self.headers.get_all("Host", [])
@@ -432,3 +511,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: an address holds the secret."""
+
+
+def _to_numbers(words: list[str]) -> list[int]:
+    """Each as a number; none of them where one is not."""
+    fit = all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words)
+    return [int(word) for word in words] if fit else []

@@ -25,6 +25,7 @@ import pandas as pd
 import pytest
 
 from pipeline.errors import IchorError, SourceError
+from pipeline.heat import HeatMaps
 from pipeline.index import build_manifest
 from pipeline.labels import LABELS
 from pipeline.manifest import write_manifest
@@ -90,7 +91,8 @@ def store(made: Path, tmp_path: Path) -> Store:
 
 def catalogue_of(store: Store) -> Catalogue:
     data = store.path.parent
-    return Catalogue(store, read_predictions(data / "train", store), read_findings(data))
+    heat = HeatMaps(store, data / "train")
+    return Catalogue(store, read_predictions(data / "train", store), read_findings(data), heat)
 
 
 def serve(store: Store) -> Iterator[ViewerServer]:
@@ -544,7 +546,7 @@ def drawn(browser: Chromium, view: int = 0) -> np.ndarray:
     """The grey values that a view's canvas shows, uint8 [row, column]."""
     browser.shown()
     script = (
-        f"(() => {{ const canvas = document.querySelectorAll('.view canvas')[{view}];"
+        f"(() => {{ const canvas = document.querySelectorAll('.view .grey')[{view}];"
         "const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;"
         "return [canvas.width, canvas.height, btoa(Array.from(data.filter((_, i) => i % 4 === 0), (v) => String.fromCharCode(v)).join(''))]; })()"
     )
@@ -638,13 +640,18 @@ def test_right_drag_zooms_middle_drag_pans_and_space_resets(chromium: Chromium, 
     chromium.open(f"{page.url}#study=1&slice=4")
     fitted = drawn(chromium)
     changed = []
-    for button, buttons in (("right", 2), ("middle", 4)):
+    for button, buttons, (right, down) in (("right", 2, (0, 60)), ("middle", 4, (40, -60))):
         chromium.mouse("mousePressed", 800, 300, button=button, buttons=buttons)
-        chromium.mouse("mouseMoved", 840, 240, button=button, buttons=buttons)
-        chromium.mouse("mouseReleased", 840, 240, button=button)
+        chromium.mouse("mouseMoved", 800 + right, 300 + down, button=button, buttons=buttons)
+        chromium.mouse("mouseReleased", 800 + right, 300 + down, button=button)
         changed.append(drawn(chromium))
     zoomed, panned = changed
     assert (zoomed > 0).sum() > (fitted > 0).sum() * 1.5
+    left, top = chromium.run(
+        "(() => { const b = document.querySelector('.grey').getBoundingClientRect(); return [b.left, b.top]; })()"
+    )
+    under = 300 - int(top), 800 - int(left)  # what lies under the pointer stays there
+    assert abs(int(zoomed[under]) - int(fitted[under])) < 3
     np.testing.assert_allclose(panned[:-60, 40:].astype(int), zoomed[60:, :-40], atol=2)  # smoothing rounds anew
     assert chromium.shown() == "slice 4 of 8"
     chromium.press(" ")
