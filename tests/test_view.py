@@ -23,20 +23,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
+from pipeline import heat
+from pipeline.checkpoint import MODEL_FORMAT
+from pipeline.config import load_config
 from pipeline.errors import IchorError, SourceError
+from pipeline.gradcam import explain_slices
 from pipeline.heat import HeatMaps
 from pipeline.index import build_manifest
 from pipeline.labels import LABELS
 from pipeline.manifest import write_manifest
+from pipeline.model import SliceNet, build_model
 from pipeline.preprocess import preprocess
 from pipeline.reader import shard_name
 from pipeline.results import SUMMARY
+from pipeline.sheet import HEAT_SHARE, blend_heat
 from pipeline.store import Store
-from pipeline.viewer import Catalogue, ViewerServer, name_directions, read_findings, read_predictions
+from pipeline.viewer import Catalogue, ViewerServer, make_fragment, name_directions, read_findings, read_predictions
 from tests.conftest import ROOT, Cohort
 
 STUDIES, SLICES = 6, 8
+SEED_OF_A_VARIED_MAP = 1
 PATIENCE_S = 20
 
 
@@ -64,6 +73,35 @@ def write_fold(
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     return table
+
+
+def write_networks(store: Store, *, fold: int, seed: int = 0, changes: dict[str, Any] | None = None) -> SliceNet:
+    """A fold's model.pt, as training leaves it, of a network that has learned nothing."""
+    torch.manual_seed(seed)
+    params = load_config(ROOT / "params.yaml").train.shaping()
+    channels = store.reader.shape[2] * (2 * params["neighbours"] + 1)
+    network = build_model("compact", channels=channels, dropout=0.0)
+    content = {
+        "format": MODEL_FORMAT,
+        "members": [network.state_dict()],
+        "sequence": None,
+        "windows": {name: window.model_dump() for name, window in store.windows.items()},
+        "image_size": store.image_size,
+        "params": {**params, "sequence": {"kind": "none"}},
+        "fold": fold,
+        "store_digest": store.digest,
+        "crop": "none",
+        "scope": {},
+        **(changes or {}),
+    }
+    torch.save(content, store.path.parent / "train" / f"fold-{fold}" / "model.pt")
+    return network.eval()
+
+
+def explain(store: Store, networks: list[SliceNet], study: int, number: int, label: int) -> np.ndarray:
+    """The heat map by `pipeline.gradcam` itself, 0 to 1."""
+    where, device = np.array([[study, number]]), torch.device("cpu")
+    return explain_slices(networks, store.reader, where, np.array([label]), neighbours=1, device=device)[0]
 
 
 def make_store(folder: Path) -> Store:
@@ -303,6 +341,106 @@ def test_letters_of_orientation(cosines: tuple[float, ...], letters: tuple[str, 
     assert name_directions(np.array(cosines, np.float32)) == letters
 
 
+# ---- heat maps
+
+
+def ask_heat(server: ViewerServer, study: int, number: int, label: int) -> tuple[str, np.ndarray]:
+    """What is in the way of it, and the map."""
+    head, _, pixels = get(f"{server.url}heat/{study}/{number}/{label}").partition(b"\n")
+    return json.loads(head)["trouble"], np.frombuffer(pixels, np.uint8)
+
+
+def test_a_heat_map_is_by_the_fold_that_never_saw_the_study(store: Store) -> None:
+    data = store.path.parent
+    networks = []
+    for fold, studies in ((0, [0, 1]), (1, [2, 3])):
+        write_fold(data, store, fold=fold, studies=studies)
+        networks.append(write_networks(store, fold=fold, seed=fold))
+        rows = {"image_id": store.image_id[5, :SLICES], "study_uid": store.study[5], "fold": fold}
+        table = pd.DataFrame({**rows, **dict.fromkeys(LABELS, 0.5)})
+        table.to_parquet(data / "train" / f"fold-{fold}" / "unlabelled.parquet")
+    size = store.image_size
+    for server in serve(store):
+        for study, explainers, words in (
+            (0, networks[:1], "the CNN of fold 0, which never saw this patient"),
+            (2, networks[1:], "the CNN of fold 1, which never saw this patient"),
+            (5, networks, "the mean of the CNNs of fold(s) 0, 1"),
+        ):
+            for label in (4, 5):
+                trouble, found = ask_heat(server, study, 3, label)
+                expected = explain(store, explainers, study, 3, label)
+                assert trouble == ""
+                assert expected.max() == 1
+                np.testing.assert_allclose(found.reshape(size, size), expected * 255, atol=0.51)
+            assert words in server.catalogue.describe_study(study)["explainers"]
+        assert not np.allclose(explain(store, networks[:1], 2, 3, 4), explain(store, networks[1:], 2, 3, 4), atol=0.1)
+        trouble, found = ask_heat(server, 4, 3, 5)  # no fold held it out
+        assert "may have learned from it" in trouble
+        assert not found.size
+        assert not server.catalogue.describe_study(4)["explainable"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (None, "fold-0/model.pt: not there, and heat maps need the networks; run `dvc repro`"),
+        ({"store_digest": "e" * 64}, "fold-0/model.pt: trained on store eeeeeeeeeeee, and this is"),
+        ({"fold": 3}, "fold-0/model.pt: expected fold 0, found 3"),
+        ({"members": [{}]}, "its weights do not fit compact"),
+        (b"PK and nothing", "cannot be read as a model"),
+    ],
+)
+def test_networks_that_cannot_explain_are_named(server: ViewerServer, store: Store, changes: Any, message: str) -> None:
+    write_fold(store.path.parent, store, fold=0, studies=[0])
+    path = store.path.parent / "train" / "fold-0" / "model.pt"
+    if isinstance(changes, bytes):
+        path.write_bytes(changes)
+    elif changes is not None:
+        write_networks(store, fold=0, changes=changes)
+    server.catalogue = catalogue_of(store)
+    trouble, found = ask_heat(server, 0, 3, 4)
+    assert message in trouble
+    assert not found.size
+    assert split(get(f"{server.url}study/0"), store)[0]["damaged"] == {}
+    write_networks(store, fold=0)  # mended, it is there without a new start
+    assert ask_heat(server, 0, 3, 4)[0] == ""
+
+
+def test_while_a_map_is_made_the_rest_is_answered(server: ViewerServer, store: Store) -> None:
+    write_fold(store.path.parent, store, fold=0, studies=[0, 1])
+    write_networks(store, fold=0)
+    server.catalogue = catalogue_of(store)
+    kept = ask_heat(server, 0, 2, 4)[1]
+    waiting: list[tuple[str, np.ndarray]] = []
+    asking = threading.Thread(target=lambda: waiting.append(ask_heat(server, 0, 3, 4)), daemon=True)
+    with server.catalogue.heat.lock:  # as long as another map is being made
+        asking.start()
+        assert split(get(f"{server.url}study/1"), store)[0]["study"] == 1
+        np.testing.assert_array_equal(ask_heat(server, 0, 2, 4)[1], kept)
+        assert waiting == []
+    asking.join(PATIENCE_S)
+    assert [trouble for trouble, _ in waiting] == [""]
+
+
+def test_a_damaged_slice_has_no_map_and_others_have(store: Store) -> None:
+    write_fold(store.path.parent, store, fold=0, studies=[0, 1])
+    write_networks(store, fold=0)
+    (store.path / "pixels" / shard_name(0, 0)).unlink()
+    for server in serve(Store(store.path)):
+        assert "shard is missing" in ask_heat(server, 0, 3, 4)[0]
+        assert ask_heat(server, 1, 3, 4)[0] == ""
+
+
+def test_only_the_latest_maps_are_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fold(store.path.parent, store, fold=0, studies=[0])
+    write_networks(store, fold=0)
+    monkeypatch.setattr(heat, "KEPT_BYTES", 2 * store.image_size**2)
+    maps = HeatMaps(store, store.path.parent / "train")
+    made = [maps.make(0, number, 4, folds=(0,)) for number in (1, 2, 3, 1)]
+    assert [number for _, number, _ in maps._maps] == [3, 1]
+    np.testing.assert_array_equal(made[0], made[3])
+
+
 # ---- who is answered
 
 
@@ -318,6 +456,8 @@ def test_without_the_secret_nothing_is_answered(server: ViewerServer) -> None:
         "/é/",
         "//",
         f"/{server.secret}",
+        "/heat/0/0/0",
+        f"/{server.secret[:-1]}/heat/0/0/0",
     ):
         assert ask(server, "GET", path).status == 404, path
 
@@ -326,6 +466,7 @@ def test_no_path_leads_out(server: ViewerServer, store: Store) -> None:
     for path in (
         "../../../../etc/passwd", "..%2f..%2fetc%2fpasswd", "study/../../store.zarr/zarr.json", "study/-1", f"study/{STUDIES}",
         "study/0/0", "study/٣", "study/" + "9" * 400, "study/", "study/0.0", "zarr.json", "viewer.html", "study/0?x",
+        "heat/0/0", f"heat/0/{SLICES}/0", f"heat/{STUDIES}/0/0", "heat/0/0/6", "heat/0/-1/0", "heat/0/0/0/0", "heat/0/0/any", "heat//0/0",
     ):  # fmt: skip
         answer = ask(server, "GET", f"/{server.secret}/{path}")
         assert answer.status == 404, path
@@ -360,7 +501,7 @@ def test_it_only_reads(server: ViewerServer, method: str) -> None:
 
 def test_answers_stay_on_this_machine_and_off_its_disk(server: ViewerServer) -> None:
     assert server.socket.getsockname()[0] == "127.0.0.1"
-    for path in ("", "overview", "study/0"):
+    for path in ("", "overview", "study/0", "heat/0/0/0"):
         answer = ask(server, "GET", f"/{server.secret}/{path}", Origin="https://evil.example")
         assert answer.status == 200
         assert answer.getheader("Access-Control-Allow-Origin") is None
@@ -402,15 +543,31 @@ def test_two_servers_have_two_secrets_and_a_taken_port_is_said(server: ViewerSer
 
 def test_the_door_prints_an_address_and_ctrl_c_ends_it(store: Store) -> None:
     command = [sys.executable, "-m", "stages.view", "--data", str(store.path.parent), "--no-browser"]
+    command += ["--study", str(store.study[2]), "--slice", "4", "--heat", "subdural"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith(f"{STUDIES} studies, {STUDIES * SLICES} slices: http://127.0.0.1:")
+        assert line.endswith("/#study=2&slice=4&heat=subdural\n")
         assert b"<title>Ichor viewer</title>" in get(line.split()[-1])
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert "Traceback" not in said
+
+
+def test_the_address_of_a_slice_that_is_not_there_is_refused(store: Store) -> None:
+    assert make_fragment(store, study=None, slice_number=None, heat=None) == ""
+    assert make_fragment(store, study=None, slice_number=None, heat="any") == "#heat=any"
+    assert make_fragment(store, study="3", slice_number=None, heat=None) == "#study=3"
+    for study, number, message in (
+        ("3", 0, "study 3 has slices 1 to 8"),
+        ("3", 9, "study 3 has slices 1 to 8"),
+        ("99", 1, "a number from 0 to 5"),
+        (None, 1, "--slice 1: of which study"),
+    ):
+        with pytest.raises(IchorError, match=message):
+            make_fragment(store, study=study, slice_number=number, heat=None)
 
 
 def test_the_door_says_what_is_wrong(tmp_path: Path) -> None:
@@ -542,13 +699,14 @@ def page(store: Store) -> Iterator[ViewerServer]:
     yield from serve(store)
 
 
-def drawn(browser: Chromium, view: int = 0) -> np.ndarray:
-    """The grey values that a view's canvas shows, uint8 [row, column]."""
+def drawn(browser: Chromium, canvas: str = "grey", channel: int = 0) -> np.ndarray:
+    """What the first view's canvas shows in one of its four channels, uint8 [row, column]."""
     browser.shown()
     script = (
-        f"(() => {{ const canvas = document.querySelectorAll('.view .grey')[{view}];"
+        f"(() => {{ const canvas = document.querySelector('.view .{canvas}');"
         "const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;"
-        "return [canvas.width, canvas.height, btoa(Array.from(data.filter((_, i) => i % 4 === 0), (v) => String.fromCharCode(v)).join(''))]; })()"
+        f"const one = Array.from(data.filter((_, i) => i % 4 === {channel}), (v) => String.fromCharCode(v)).join('');"
+        "return [canvas.width, canvas.height, btoa(one)]; })()"
     )
     width, height, grey = browser.run(script)
     return np.frombuffer(base64.b64decode(grey), np.uint8).reshape(height, width)
@@ -656,6 +814,149 @@ def test_right_drag_zooms_middle_drag_pans_and_space_resets(chromium: Chromium, 
     assert chromium.shown() == "slice 4 of 8"
     chromium.press(" ")
     np.testing.assert_array_equal(drawn(chromium), fitted)
+
+
+def heat_text(browser: Chromium) -> str:
+    browser.shown()
+    return str(
+        browser.run(
+            "document.getElementById('heat-note').hidden ? '' : document.getElementById('heat-text').textContent"
+        )
+    )
+
+
+def centres_on_screen(browser: Chromium, path: Path, size: int) -> np.ndarray:
+    """What the screen shows at the middle of each of the slice's pixels, int [row, column, 3]."""
+    browser.shown()
+    browser.picture(path)
+    left, top, width, height = browser.run(
+        "(() => { const b = document.querySelector('.grey').getBoundingClientRect(); return [b.left, b.top, b.width, b.height]; })()"
+    )
+    side = min(width, height)
+    at = ((np.arange(size) + 0.5) * side / size).astype(int)
+    screen = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return screen[int(top + (height - side) / 2) + at][:, int(left + (width - side) / 2) + at]
+
+
+IS_WARM = "!document.querySelector('.heat').hidden"
+
+
+@pytest.mark.program("chromium")
+def test_a_heat_map_lies_over_the_slice(chromium: Chromium, page: ViewerServer, store: Store, tmp_path: Path) -> None:
+    network = write_networks(store, fold=0, seed=SEED_OF_A_VARIED_MAP)
+    heat_RC = explain(store, [network], 2, 3, 4)
+    cold, hot = heat_RC == 0, heat_RC > 0.5
+    assert cold.any()
+    assert hot.any()
+    chromium.events.clear()
+    chromium.open(f"{page.url}#study=2&slice=4")
+    plain = centres_on_screen(chromium, tmp_path / "plain.png", store.image_size)
+    chromium.run("document.getElementById('name-4').click()")
+    chromium.wait(IS_WARM)
+    assert "Heat map of subdural, probability 0.900, by the CNN of fold 0, which never saw" in heat_text(chromium)
+    assert "Scaled to its own maximum; it explains the CNN, not the bleed." in heat_text(chromium)
+    chromium.wait("location.hash.endsWith('&heat=subdural')")
+    warm = centres_on_screen(chromium, tmp_path / "warm.png", store.image_size)
+    assert np.abs(warm - plain)[cold].max() < 5  # the slice is drawn a little smaller, beside the note
+    assert (np.abs(warm - plain)[hot].max(axis=1) > 10).all()
+    expected = blend_heat(plain[..., 0].astype(np.uint8), heat_RC).astype(int)
+    assert np.abs(warm - expected).max() < 8
+    chromium.press("g")
+    assert heat_text(chromium) == ""
+    again = centres_on_screen(chromium, tmp_path / "again.png", store.image_size)
+    np.testing.assert_array_equal(again, plain)
+    assert [
+        event for event in chromium.events if event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")
+    ] == []
+
+
+@pytest.mark.program("chromium")
+def test_a_heat_map_goes_where_the_slice_goes(chromium: Chromium, page: ViewerServer, store: Store) -> None:
+    write_networks(store, fold=0, seed=SEED_OF_A_VARIED_MAP)
+    chromium.open(f"{page.url}#study=2&slice=4&heat=subdural")
+    chromium.wait(IS_WARM)
+    fitted = drawn(chromium, canvas="heat", channel=3)
+    assert fitted.max() == round(255 * HEAT_SHARE)
+    for button, buttons, (right, down) in (("right", 2, (0, 60)), ("middle", 4, (40, -60))):
+        before = drawn(chromium, canvas="heat", channel=3)
+        chromium.mouse("mousePressed", 800, 300, button=button, buttons=buttons)
+        chromium.mouse("mouseMoved", 800 + right, 300 + down, button=button, buttons=buttons)
+        chromium.mouse("mouseReleased", 800 + right, 300 + down, button=button)
+    panned = drawn(chromium, canvas="heat", channel=3)
+    np.testing.assert_allclose(panned[:-60, 40:].astype(int), before[60:, :-40], atol=2)
+    assert np.abs(before.astype(int) - fitted).max() > 20
+    chromium.press(" ")
+    np.testing.assert_array_equal(drawn(chromium, canvas="heat", channel=3), fitted)
+    chromium.press("s")  # each window under the same map
+    chromium.shown()
+    assert chromium.run("[...document.querySelectorAll('.heat')].map((one) => one.hidden)") == [False] * 3
+
+
+@pytest.mark.program("chromium")
+def test_labels_are_chosen_by_key_and_by_click(chromium: Chromium, page: ViewerServer, store: Store) -> None:
+    write_networks(store, fold=0)
+    chromium.open(f"{page.url}#study=0&slice=3&heat=likeliest")
+    pressed = "[...document.querySelectorAll('#strip button')].filter((one) => one.ariaPressed === 'true').map((one) => one.innerText)"
+    assert "subdural, probability 0.900" in heat_text(chromium)  # any has as much, but is no subtype
+    assert chromium.run(pressed) == []
+    for label in ("epidural", "intraparenchymal"):
+        chromium.press("l")
+        assert f"map of {label}, probability 0.100" in heat_text(chromium)
+        assert chromium.run(pressed) == [label]
+    for label in ("any", "subdural"):  # the second click on any leads back to the likeliest
+        chromium.run("document.getElementById('name-5').click()")
+        assert f"map of {label}, probability 0.900" in heat_text(chromium)
+
+
+@pytest.mark.program("chromium")
+def test_slices_scroll_while_a_map_is_made_and_those_out_of_date_are_dropped(
+    chromium: Chromium, page: ViewerServer, store: Store
+) -> None:
+    write_networks(store, fold=0)
+    maps = page.catalogue.heat
+    with maps.lock:
+        chromium.open(f"{page.url}#study=2&slice=1&heat=any")
+        assert "Making the heat map of any" in heat_text(chromium)
+        for number in range(2, 7):
+            chromium.press("ArrowDown")
+            assert chromium.shown() == f"slice {number} of 8"
+        assert not chromium.run(IS_WARM)
+    chromium.wait(IS_WARM)
+    chromium.wait("heats.size === 5")
+    assert [number for _, number, _ in maps._maps] == [
+        0,
+        5,
+        6,
+        7,
+        4,
+    ]  # the first, the shown, those ahead, the one behind
+
+
+@pytest.mark.program("chromium")
+def test_without_networks_the_page_says_so_and_goes_on(chromium: Chromium, page: ViewerServer, store: Store) -> None:
+    chromium.open(f"{page.url}#study=2&slice=4")
+    chromium.press("g")
+    chromium.wait("document.getElementById('heat-text').textContent.includes('model.pt: not there')")
+    chromium.press("ArrowDown")
+    assert chromium.shown() == "slice 5 of 8"
+    assert drawn(chromium).any()
+    assert not chromium.run(IS_WARM)
+    chromium.press("g")
+    write_networks(store, fold=0)
+    chromium.press("g")  # asked for again, it is there
+    chromium.wait(IS_WARM)
+    chromium.open(f"{page.url}#study=4&slice=4&heat=any")
+    assert "no fold that is trained held this study out" in heat_text(chromium)
+    assert not chromium.run(IS_WARM)
+
+
+@pytest.mark.program("chromium")
+def test_one_click_shows_the_worst_miss(chromium: Chromium, page: ViewerServer) -> None:
+    chromium.open(f"{page.url}#study=3")
+    chromium.run("document.getElementById('worst').click()")
+    chromium.wait("document.getElementById('title').textContent.startsWith('Study 0 ')")
+    assert chromium.shown() == "slice 4 of 8"
+    assert rows(chromium) == [0]
 
 
 @pytest.mark.program("chromium")
