@@ -1,6 +1,6 @@
 """How a run was made: the code's revision, parameters that were turned, versions, and the machine; never who or where.
 
-Training records what decides its weights; revision and machine are those of the evaluation, and are named so.
+Training and evaluation each record their own: they may run apart.
 """
 
 from __future__ import annotations

@@ -515,4 +515,8 @@ def _trained(summary: Mapping[str, Any]) -> dict[str, str]:
         "precision": precision,
         "seed": str(summary["params"].get("seed", "not recorded")),
         "time": minutes(summary["seconds"]),
+        "processor, GPU": "; ".join(
+            summary.get("machine", {}).get(key, "not recorded") for key in ("processor", "GPU")
+        ),
+        "revision": summary.get("revision", "not recorded"),
     }

@@ -15,6 +15,7 @@ from pipeline.files import only_one, remove_folder, write_bytes, write_json, wri
 from pipeline.fold import FoldResult, train_fold
 from pipeline.folds import read_folds
 from pipeline.processes import Processes
+from pipeline.provenance import ROOT, find_machine, find_revision
 from pipeline.store import Store
 from pipeline.survey import find_crop, measure_scope
 from stages.common import door
@@ -57,8 +58,9 @@ def main(arguments: argparse.Namespace) -> None:
 
 def _write(arguments: argparse.Namespace, config: Config, store: Store, fold: int, result: FoldResult) -> None:
     folder = arguments.data / "train" / f"fold-{fold}"
+    summary = result.summary | {"revision": find_revision(ROOT), "machine": dict(find_machine())}
     content = {
-        **result.summary,  # first: its own `sequence` is no weights
+        **summary,  # first: its own `sequence` is no weights
         "format": MODEL_FORMAT,
         "members": result.members,
         "sequence": result.sequence.weights if result.sequence else None,
@@ -72,10 +74,9 @@ def _write(arguments: argparse.Namespace, config: Config, store: Store, fold: in
     write_parquet(folder / "predictions.parquet", result.predictions)
     write_parquet(folder / "unlabelled.parquet", result.unlabelled)
     write_bytes(folder / "history.csv", result.history.to_csv(index=False).encode())
-    write_json(folder / "summary.json", result.summary)
+    write_json(folder / "summary.json", summary)
     # it is done; training it again shall mean training
     remove_folder(arguments.data / "wip" / "train" / f"fold-{fold}")
-    summary = result.summary
     pace = result.history.iloc[-1]
     sequence = f", with the sequence model {result.sequence.best_loss:.4f}" if result.sequence else ""
     print(
