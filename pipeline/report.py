@@ -501,6 +501,12 @@ def _accounting(totals: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
+def _machine(machine: Mapping[str, str]) -> str:
+    if not machine:
+        return "not recorded"
+    return f"{machine['processor']}, {'no GPU' if machine['GPU'] == 'none' else machine['GPU']}"
+
+
 def _trained(summary: Mapping[str, Any]) -> dict[str, str]:
     """What training recorded of how a fold was trained."""
     precision, device = summary["params"].get("precision", "not recorded"), summary["device"]
@@ -515,8 +521,6 @@ def _trained(summary: Mapping[str, Any]) -> dict[str, str]:
         "precision": precision,
         "seed": str(summary["params"].get("seed", "not recorded")),
         "time": minutes(summary["seconds"]),
-        "processor, GPU": "; ".join(
-            summary.get("machine", {}).get(key, "not recorded") for key in ("processor", "GPU")
-        ),
+        "machine": _machine(summary.get("machine", {})),
         "revision": summary.get("revision", "not recorded"),
     }
