@@ -67,7 +67,7 @@ class Source(Section):
     @property
     def is_phantom(self) -> bool:
         """Whether the labels are the made-up cohort's, of which no figure says anything about patients."""
-        return "phantom" in (self.labels or "")
+        return Path(self.labels or "").parts[-2:] == ("phantom", "labels.csv")
 
 
 class PhantomConfig(Section):

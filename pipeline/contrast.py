@@ -23,8 +23,11 @@ SHARED, PER_FRAME, USAGE = 0x52009229, 0x52009230, 0x00189341
 
 SAID = ("ContrastBolusAgentAdministered", "ContrastBolusAgentDetected")
 
-NO_AGENT = frozenset(("NO", "NON", "NONE", "NOCONTRAST", "NONCONTRAST", "WITHOUT", "WITHOUTCONTRAST"))
-"""Letters of an agent's name that say that there was none; some scanners write one of these where nothing belongs."""
+NO_AGENT = re.compile("(NO|NON|NONE|NIL|WITHOUT|WO|OHNE|SANS|SENZA|SIN)(IV|ORAL)?((C|K)ONTRAST.*|KM|GIVEN|USED)?")
+"""Letters of an agent's name that say that there was none, as some scanners write where nothing belongs. "Non-ionic" is an agent."""
+
+NOT_TOLD = frozenset(("", "NA", "UNKNOWN", "UNK", "NULL"))
+"""Letters of one that say that nobody knows; none, where only dots, dashes or noughts are written."""
 
 
 def read_contrast(place: Place) -> bool | None:
@@ -59,9 +62,10 @@ def _interpret(dataset: Dataset) -> bool | None:
     # as bytes: an unknown character set must not hide that something is written there
     value = element.value if element is not None else b""
     text = value.decode("latin-1") if isinstance(value, bytes) else str(value or "")
-    if not text.strip(" \0"):
-        return None
-    return re.sub("[^A-Z]", "", text.upper()) not in NO_AGENT
+    if re.search(r"[1-9\x80-\xff]", text):  # a dose, or a name in another script
+        return True
+    letters = re.sub("[^A-Z]", "", text.upper())
+    return None if letters in NOT_TOLD else NO_AGENT.fullmatch(letters) is None
 
 
 def _list_usage(dataset: Dataset) -> Iterator[str]:

@@ -117,6 +117,7 @@ def read_model(paths: Sequence[Path], *, device: str, store: Path) -> Model:
                     f"{path}: made with {name} = {found!r}, {paths[0]} with {expected!r}; folds of two runs are not averaged: "
                     f"give --model one of them, or train them again"
                 )
+    _require_each_once(paths, contents)
     chosen = choose_device(device)
     crop, scope = _what_it_saw(first, paths[0], store)
     return Model(
@@ -129,6 +130,17 @@ def read_model(paths: Sequence[Path], *, device: str, store: Path) -> Model:
         phantom=bool(first.get("phantom")),
         device=chosen,
     )
+
+
+def _require_each_once(paths: Sequence[Path], contents: Sequence[dict[str, Any]]) -> None:
+    """A copy of a fold's folder beside it would count twice."""
+    seen: dict[int, Path] = {}
+    for path, content in zip(paths, contents, strict=True):
+        twin = seen.setdefault(content["fold"], path)
+        if twin != path:
+            raise CheckpointError(
+                f"{path}: holds fold {content['fold']}, as {twin} does, which would count twice; move one of them away"
+            )
 
 
 def _read_file(path: Path) -> dict[str, Any]:

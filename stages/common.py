@@ -26,6 +26,8 @@ def door(
     main: Callable[[argparse.Namespace], None],
     description: str | None,
     add_arguments: Callable[[argparse.ArgumentParser], object] | None = None,
+    *,
+    stopped: str = "stopped; finished work is kept, run the same command again to go on",
 ) -> NoReturn:
     """Parse the arguments, run `main`, and leave with an exit code.
 
@@ -33,6 +35,7 @@ def door(
         main: does the stage's work; gets ``params`` and ``data`` (paths) and whatever `add_arguments` added.
         description: the help text, usually the door's module docstring.
         add_arguments: adds the door's own arguments.
+        stopped: what Ctrl-C leaves, in words.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {_module_name()}",
@@ -53,10 +56,10 @@ def door(
         add_arguments(parser)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(_run(main, arguments))
+    sys.exit(_run(main, arguments, stopped))
 
 
-def _run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> int:
+def _run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace, stopped: str) -> int:
     try:
         main(arguments)
         sys.stdout.flush()
@@ -72,7 +75,7 @@ def _run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespa
         print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print("\nstopped; finished work is kept, run the same command again to go on", file=sys.stderr)
+        print(f"\n{stopped}", file=sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
     return 0
 

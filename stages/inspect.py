@@ -213,4 +213,4 @@ def _summarize(store: Store) -> None:
 
 
 if __name__ == "__main__":
-    door(main, __doc__, add_arguments)
+    door(main, __doc__, add_arguments, stopped="stopped")

@@ -59,4 +59,4 @@ def _port(text: str) -> int:
 
 
 if __name__ == "__main__":
-    door(main, __doc__, add_arguments)
+    door(main, __doc__, add_arguments, stopped="stopped")

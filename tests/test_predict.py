@@ -698,6 +698,9 @@ def test_a_file_that_is_no_such_model_is_refused_by_name(trained: Trained, tmp_p
     torch.save(other, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"made with params.neighbours = 2, .* with 1; folds of two runs"):
         read_model([path, tmp_path / "other.pt"], device="cpu", store=store)
+    shutil.copy2(path, tmp_path / "copy.pt")
+    with pytest.raises(CheckpointError, match=r"copy.pt: holds fold \d, as .* does, which would count twice"):
+        read_model([path, tmp_path / "copy.pt"], device="cpu", store=store)
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"its store cannot be asked: .* no store"):
         read_model([tmp_path / "model.pt"], device="cpu", store=tmp_path / "none.zarr")
