@@ -98,6 +98,14 @@ class Suspects(NamedTuple):
     """Where the networks saw it, mean of all folds; None where it was not wanted."""
 
 
+class SliceFile(NamedTuple):
+    """Where a slice lies."""
+
+    place: Place
+    frame: int
+    """From 0 in a multi-frame file; −1 where the file is one slice."""
+
+
 class Study(NamedTuple):
     """What became of a study."""
 
@@ -117,6 +125,8 @@ class Study(NamedTuple):
     points: OperatingPoints = NO_POINTS
     suspects: Suspects | None = None
     """1 to 20 MB: not to be kept of many studies."""
+    files: Sequence[SliceFile] = ()
+    """Of the slices of `table`."""
 
     @property
     def probabilities(self) -> dict[str, float]:
@@ -296,11 +306,15 @@ class _Told(NamedTuple):
 
 def _ask_headers(plan: Plan, slices: pd.DataFrame, number: int, model: Model) -> _Told:
     of_study = slices.iloc[slice(*plan.bounds[number])]
-    task = plan.task(number)
-    one = task.slices[0]
-    place = Place(task.containers[0], one.size, one.stamp, one.method, one.offset, one.packed_size)
-    contrast = read_contrast(place)  # a series is all with it or all without
+    contrast = read_contrast(_list_files(plan.task(number))[0].place)  # a series is all with it or all without
     return _Told(of_study, [*list_faults(of_study, model.scope), *([CONTRAST] if contrast else [])], contrast)
+
+
+def _list_files(task: StudyTask) -> list[SliceFile]:
+    return [
+        SliceFile(Place(container, one.size, one.stamp, one.method, one.offset, one.packed_size), one.frame)
+        for container, one in zip(task.containers, task.slices, strict=True)
+    ]
 
 
 def _refuse(told: _Told, warnings: list[str]) -> Study:
@@ -359,8 +373,18 @@ def _finish(made: _Made, model: Model, points: OperatingPoints, *, sheet: Path, 
         table = points.extend(_tabulate(slices, _ask_folds(reader, slices, model)))
         suspects = _find_suspects(reader, table, model, heat=heat)
     status = ANYWAY if faults else PREDICTED
+    files = [one for one, is_kept in zip(_list_files(made.task), made.result.kept, strict=True) if is_kept]
     study = Study(
-        made.uid, status, warnings, len(slices), table, sheet.name, TOLD[told.contrast], points, suspects=suspects
+        made.uid,
+        status,
+        warnings,
+        len(slices),
+        table,
+        sheet.name,
+        TOLD[told.contrast],
+        points,
+        suspects=suspects,
+        files=files,
     )
     _draw(study, suspects, model, path=sheet)
     return study

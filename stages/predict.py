@@ -3,11 +3,14 @@
 python -m stages.predict STUDY                              a folder, a file, a zip, a glob or a URL, of one or many studies
 python -m stages.predict A B --model data/train/fold-0      one fold alone, not the mean of all
 python -m stages.predict TEST --submission s.csv --sample stage_2_sample_submission.csv
+python -m stages.predict STUDY --dicom                      also a Structured Report and captures, for an archive of pictures
 
 Writes into --out: predictions.csv (slices), studies.csv (each study's highest), predictions.json (both, the model's digests, and
-what became of every file) and sheets/ (the most suspicious slices, and where the network saw it). Probabilities are the network's
-own and, by the operating points that evaluation fitted for the same run, calibrated and called. Image size, crop, windows and all
-else come from the model; --params says only which of a study's series is read, in how many processes, and on which device.
+what became of every file) and sheets/ (the most suspicious slices, and where the network saw it); with --dicom also
+dicom/NUMBER/ (report.dcm and capture-*.dcm, NUMBER as in sheets/), the one output that has the patient's name in it. Probabilities
+are the network's own and, by the operating points that evaluation fitted for the same run, calibrated and called. Image size, crop,
+windows and all else come from the model; --params says only which of a study's series is read, in how many processes, and on which
+device.
 
 A study that the model was not trained for is refused by name: no head in it, not axial, too few slices, contrast medium, or
 pixels or slices of another size. Exit codes: 0 all studies predicted; 1 a fault that the message names; 2 wrong arguments;
@@ -20,13 +23,15 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import torch
 
 from pipeline.config import load_config
-from pipeline.errors import ConfigError, IchorError
+from pipeline.dicom_out import remove_studies, write_study
+from pipeline.errors import ConfigError, IchorError, SourceError
 from pipeline.files import write_bytes, write_json
 from pipeline.labels import ANY, LABELS, SUBTYPES
 from pipeline.manifest import account, describe_account
@@ -67,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="temperatures and thresholds that stages.evaluate fitted (default: those of the model's run)",
     )
     parser.add_argument("--no-heat", action="store_true", help="no Grad-CAM on the sheets")
+    parser.add_argument("--dicom", action="store_true", help="also DICOM objects; they carry the patient's name")
     parser.add_argument("--submission", type=Path, metavar="FILE", help="also write ID,Label, six rows an image")
     parser.add_argument("--sample", type=Path, metavar="CSV", help="with --submission: take its rows, in its order")
     parser.add_argument(
@@ -88,6 +94,8 @@ def main(arguments: argparse.Namespace) -> None:
     sheets = arguments.out / "sheets"
     for old in sheets.glob(SHEETS):
         old.unlink()
+    remove_studies(arguments.out / "dicom")
+    unwritten: list[str] = []
     try:
         found = predict_studies(
             manifest,
@@ -99,6 +107,8 @@ def main(arguments: argparse.Namespace) -> None:
             points=points,
             heat=not arguments.no_heat,
         )
+        if arguments.dicom:
+            found = _write_dicom(found, model, arguments.out / "dicom", unwritten)
         # without the pictures, which a thousand studies would fill the memory with
         studies = sorted((study._replace(suspects=None) for study in found), key=lambda study: study.uid)
     except torch.OutOfMemoryError:
@@ -119,8 +129,24 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.submission:
         rows = submission(slices, arguments.sample, anyway=arguments.anyway)
         write_bytes(arguments.submission, rows.to_csv(index=False).encode())
+    if unwritten:
+        raise SourceError(
+            f"no DICOM objects of {len(unwritten)} study(ies), all else is written: {'; '.join(unwritten)}"
+        )
     if any(study.status == REFUSED for study in studies):
         sys.exit(SOME_REFUSED)
+
+
+def _write_dicom(found: Iterable[Study], model: Model, folder: Path, unwritten: list[str]) -> Iterator[Study]:
+    """The studies as they come, each with its DICOM objects written; why not, if not, goes into `unwritten`."""
+    made = datetime.now()
+    for study in found:
+        if study.table is not None:
+            try:
+                write_study(folder / study.sheet.split("-")[0], study, model, made=made)
+            except SourceError as error:
+                unwritten.append(f"study {study.uid}: {error}")
+        yield study
 
 
 def _find_points(given: Path | None, model_path: Path, model: Model) -> OperatingPoints:

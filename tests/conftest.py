@@ -124,12 +124,18 @@ class Cohort:
         return load_config(self.write_params(**changes))
 
 
+PACKAGES = {"dciodvfy": "dicom3tools"}
+"""Of programs that are called otherwise than Debian's package."""
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test marked ``program(NAME)`` where that is missing; but in CI, which installs it, fail."""
     for marker in item.iter_markers("program"):
         (name,) = marker.args
         if shutil.which(name) is None:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed (apt-get install {name})")
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(
+                f"{name} is not installed (apt-get install {PACKAGES.get(name, name)})"
+            )
 
 
 @pytest.fixture(autouse=True)

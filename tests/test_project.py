@@ -23,12 +23,13 @@ LAYERS = [
     ["processes", "live", "cluster", "loader", "sequence", "inference", "parts", "flow", "contrast"],
     ["survey", "trained", "gradcam", "sheet", "excluded", "gallery", "heat", "results", "viewer", "phantom"],
     ["index", "convert", "preprocess"],
-    ["trainer", "fold", "report", "card", "evaluate", "predict"],
+    ["trainer", "fold", "report", "card", "evaluate", "predict", "dicom_out"],
 ]
 """Words → pure functions → data at rest → data in motion → the run. Within a layer, imports go to names further left."""
 
 OWNERS = {
-    "pydicom": {"contrast", "decoder", "header", "pixels", "phantom.dicom_writer"},
+    "pydicom": {"contrast", "decoder", "dicom_out", "header", "pixels", "phantom.dicom_writer"},
+    "highdicom": {"dicom_out"},
     "zarr": {"store"},
     "dask": set(),
     "distributed": {"cluster"},
