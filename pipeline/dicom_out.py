@@ -529,7 +529,9 @@ def _describe_capture(study: Study, model: Model, place: int) -> list[tuple[str,
     assert study.suspects is not None
     number, label = int(study.suspects.slices[place]), LABELS[study.suspects.labels[place]]
     name, window = next(iter(model.windows.items()))
-    shown = "no heat map" if study.suspects.heat_KRC is None else f"heat map (Grad-CAM) of {label}"
+    shown = (
+        "no heat map" if study.suspects.heat_KRC is None else f"heat map (Grad-CAM) of {label}, scaled to this slice"
+    )
     warned = "; mind the warnings in the report" if study.warnings else ""
     return [
         (f"{NAME}: {shown}", INK),
