@@ -42,8 +42,6 @@ NOTICE = "Research software, not a medical device; not for diagnosis."
 RENAMED = "the study's own identifiers are no DICOM UIDs: UIDs derived from them stand here, and an archive will not file this with it"
 
 REPORT, CAPTURE, CAPTURES_WRITTEN = "report.dcm", "capture-{}.dcm", "capture-*.dcm"
-STUDIES_WRITTEN = "[0-9][0-9][0-9][0-9]*"
-"""The folders of studies, named by their numbers."""
 
 CAPTURES = 3
 """Slices shown, the most suspicious first; a study has `pipeline.predict.SUSPECTS` to take them from."""
@@ -92,12 +90,13 @@ artery", which is 2929001) and the examples of HL7 FHIR. 35486000: the labels of
 OMOP vocabulary alone. Bleeding into a ventricle was found under four codes that contradict each other; so it is hemorrhage at that site.
 """
 
+DATE = r"\d{4}(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"
 PATTERNS = {
-    "PatientBirthDate": r"\d{8}",
+    "PatientBirthDate": DATE,
     "PatientSex": r"[MFO]",
     "PatientAge": r"\d{3}[DWMY]",
-    "StudyDate": r"\d{8}",
-    "StudyTime": r"\d{2,6}(\.\d{1,6})?",
+    "StudyDate": DATE,
+    "StudyTime": r"([01]\d|2[0-3])([0-5]\d([0-5]\d(\.\d{1,6})?)?)?",
 }
 """What these must look like (PS3.5 6.2); one that does not is left empty, as if unknown."""
 
@@ -165,7 +164,7 @@ def write_study(folder: Path, study: Study, model: Model, *, made: datetime, cap
 
 def remove_studies(folder: Path) -> None:
     """Remove what an earlier run wrote, one numbered folder a study, and nothing else."""
-    for old in folder.glob(STUDIES_WRITTEN):
+    for old in (path for path in folder.glob("*") if path.name.isdigit()):
         for path in [old / REPORT, *old.glob(CAPTURES_WRITTEN)]:
             path.unlink(missing_ok=True)
         with suppress(OSError):  # something else is in it
@@ -228,7 +227,9 @@ def _identify(header: Dataset, number: int) -> Dataset:
         )
     identified = Dataset()
     for name in UIDS:
-        setattr(identified, name, _as_uid(str(header.get(name) or "")))
+        text = str(header.get(name) or "")
+        renamed = _uid("renamed", name, str(header.StudyInstanceUID), text)  # a series may be without a name
+        setattr(identified, name, text if _is_uid(text) else renamed)
     kind = str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
     identified.SOPClassUID = kind if _is_uid(kind) else CTImageStorage  # RSNA's files have none
     identified.Modality = "CT"
@@ -240,10 +241,6 @@ def _identify(header: Dataset, number: int) -> Dataset:
 def _is_uid(text: str) -> bool:
     """Whether it is a UID (PS3.5 9.1) under one of the three roots that there are (ISO 9834-1)."""
     return UID(text).is_valid and text[:2] in ("0.", "1.", "2.")
-
-
-def _as_uid(text: str) -> str:
-    return text if _is_uid(text) else _uid("renamed", text)
 
 
 def _read_identity(header: Dataset) -> Dataset:

@@ -22,7 +22,13 @@ import pytest
 import torch
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
-from pydicom.uid import ComprehensiveSRStorage, CTImageStorage, SecondaryCaptureImageStorage, generate_uid
+from pydicom.uid import (
+    ComprehensiveSRStorage,
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
 
 import pipeline.dicom_out
 import stages.predict
@@ -331,7 +337,10 @@ def test_objects_belong_to_the_study_and_its_patient(hospital: Cohort, model: Mo
             {"PatientName": "", "PatientBirthDate": "6.11.45", "PatientSex": "female", "StudyTime": "noon"},
             {"PatientName": "", "PatientBirthDate": "", "PatientSex": "", "StudyTime": ""},
         ),
-        ({"PatientID": "a\\b", "AccessionNumber": "1\n2"}, {"PatientID": ["a", "b"], "AccessionNumber": "12"}),
+        (
+            {"PatientID": "a\\b", "AccessionNumber": "1\n2", "PatientBirthDate": "19450000", "StudyTime": "2459"},
+            {"PatientID": ["a", "b"], "AccessionNumber": "12", "PatientBirthDate": "", "StudyTime": ""},
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Invalid value for VR", "ignore:Unknown encoding", "ignore:Incorrect value")
@@ -408,12 +417,12 @@ def test_frames_of_a_file_are_named_from_one(hospital: Cohort) -> None:
 
 
 def test_what_lies_beside_earlier_results_stays(tmp_path: Path) -> None:
-    for name in ("0000/report.dcm", "0000/capture-1.dcm", "0001/report.dcm", "0001/mine.txt", "mine/report.dcm"):
+    for name in ("0000/report.dcm", "0000/capture-1.dcm", "0001/report.dcm", "0001/mine.txt", "0002-mine/report.dcm"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     remove_studies(tmp_path)
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert left == ["0001/mine.txt", "mine/report.dcm"]
+    assert left == ["0001/mine.txt", "0002-mine/report.dcm"]
     assert not (tmp_path / "0000").exists()
 
 
@@ -523,6 +532,22 @@ def test_dciodvfy_finds_no_error(cohort: Cohort, model: Model, changes: dict[str
     if changes is not None:  # else in RSNA's form
         make_hospital(cohort.dicom, **changes)
     assert complaints(write(cohort, model).folder) == []
+
+
+@pytest.mark.program("dciodvfy")
+def test_dciodvfy_finds_no_error_where_slices_are_frames_of_a_file(hospital: Cohort, model: Model) -> None:
+    study = write(hospital, model).study
+    path = next(hospital.dicom.iterdir())
+    enhanced = pydicom.dcmread(path)
+    enhanced.SOPClassUID = enhanced.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
+    enhanced.save_as(path)
+    frames = [SliceFile(place_of(path), frame) for frame in range(study.slices)]
+    write_study(hospital.folder / "frames", study._replace(files=frames), model, made=MADE)
+    written = Written(study, hospital.folder / "frames")
+    assert complaints(written.folder) == []
+    source = written.captures[0].SourceImageSequence[0]
+    assert source.ReferencedSOPInstanceUID == enhanced.SOPInstanceUID
+    assert source.ReferencedFrameNumber == (study.suspicious_slice or 0) + 1
 
 
 @pytest.mark.program("dciodvfy")
