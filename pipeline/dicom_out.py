@@ -258,14 +258,14 @@ def _read_identity(header: Dataset) -> Dataset:
 
 
 def _read_text(header: Dataset, name: str) -> str:
-    """One attribute, decoded; empty where its bytes are no text in the header's character set."""
+    """One attribute, decoded; its first value if a stray backslash makes it several; empty where a parser gives it up."""
     try:
         value = header.get(name)
-        parts = value if isinstance(value, pydicom.multival.MultiValue) else [value]
-        text = "\\".join(str(part) for part in parts if part is not None)
+        values = value if isinstance(value, pydicom.multival.MultiValue) else [value]
+        text = "" if not values or values[0] is None else str(values[0])
     except Exception:  # a damaged header makes pydicom raise anything
         return ""
-    return re.sub(r"[\x00-\x1f\x7f]", "", text).strip()  # not allowed in any of these (PS3.5 6.2)
+    return re.sub(r"[\x00-\x1f\x7f\\]", "", text).strip()  # not allowed in any of these (PS3.5 6.2)
 
 
 # ---- the objects

@@ -339,7 +339,7 @@ def test_objects_belong_to_the_study_and_its_patient(hospital: Cohort, model: Mo
         ),
         (
             {"PatientID": "a\\b", "AccessionNumber": "1\n2", "PatientBirthDate": "19450000", "StudyTime": "2459"},
-            {"PatientID": ["a", "b"], "AccessionNumber": "12", "PatientBirthDate": "", "StudyTime": ""},
+            {"PatientID": "a", "AccessionNumber": "12", "PatientBirthDate": "", "StudyTime": ""},
         ),
     ],
 )
