@@ -534,7 +534,7 @@ def _describe_capture(study: Study, model: Model, place: int) -> list[tuple[str,
         (f"{NAME}: {shown}", INK),
         (f"research only, not a medical device{warned}", POSITIVE),
         (f"this slice: {', '.join(_say(study, number, one) for one in (label, LABELS[ANY]))}", INK),
-        (f"slice {number} of 0 to {study.slices - 1}, from the feet up; {name} window, {window.centre:g}/{window.width:g} HU", QUIET),
+        (f"slice {number + 1} of {study.slices}, from the feet up; {name} window, {window.centre:g}/{window.width:g} HU", QUIET),
     ]  # fmt: skip
 
 

@@ -129,9 +129,9 @@ def read_operating_points(path: Path, *, identity: Mapping[str, Any]) -> Operati
             f"{key} {_shorten(found)}, the model's {_shorten(own)}" for key, (found, own) in unlike.items()
         )
         return OperatingPoints(
-            why_not=f"{path} is of another run ({listed}); run `python -m stages.evaluate` on the model's"
+            why_not=f"{shorten_path(path)} is of another run ({listed}); run `python -m stages.evaluate` on the model's"
         )
-    return OperatingPoints(levels[0], levels[1], {"file": str(path), "rule": str(content.get("rule", ""))})
+    return OperatingPoints(levels[0], levels[1], {"file": shorten_path(path), "rule": str(content.get("rule", ""))})
 
 
 def _read_point(content: Mapping[str, Any]) -> Point:
@@ -142,6 +142,11 @@ def _read_point(content: Mapping[str, Any]) -> Point:
     if threshold is not None and (temperature is None or not math.isfinite(threshold)):
         raise ValueError(f"a threshold of {threshold} at a temperature of {temperature}")
     return Point(temperature, threshold)
+
+
+def shorten_path(path: Path) -> str:
+    """The end of a path, enough to find it by: the folders before may name a person, and outputs are handed on."""
+    return "/".join(path.absolute().parts[-3:])
 
 
 def _shorten(value: Any) -> str:

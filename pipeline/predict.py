@@ -357,6 +357,16 @@ class _Made(NamedTuple):
         ]
 
 
+def _list_pixel_faults(made: _Made, count: int) -> list[str]:
+    """Why a model is not for a study, by the pixels of its `count` slices that could be read."""
+    few = count < FEWEST_SLICES <= len(made.told.slices)  # else the headers have said so
+    has_brain = shows_brain(_read_coarse(made.task), side_mm=made.task.whole.side_mm)
+    return [
+        *([f"{count} slices that can be read, fewer than {FEWEST_SLICES}"] if few else []),
+        *([] if has_brain else ["no head found: no skull around a brain"]),
+    ]
+
+
 def _finish(made: _Made, model: Model, points: OperatingPoints, *, sheet: Path, anyway: bool, heat: bool) -> Study:
     """Look at the pixels, and refuse or predict."""
     told = made.told
@@ -364,8 +374,7 @@ def _finish(made: _Made, model: Model, points: OperatingPoints, *, sheet: Path, 
     if slices.empty:
         return _refuse(told, [*told.faults, *made.notes])
     with _open_shards(made, len(slices), model) as reader:
-        has_brain = shows_brain(_read_coarse(made.task), side_mm=made.task.whole.side_mm)
-        faults = told.faults if has_brain else [*told.faults, "no head found: no skull around a brain"]
+        faults = [*told.faults, *_list_pixel_faults(made, len(slices))]
         warnings = [*faults, *made.notes]
         if faults and not anyway:
             return _refuse(told, warnings)
@@ -493,7 +502,7 @@ def _draw(study: Study, suspects: Suspects, model: Model, *, path: Path) -> None
         suspects.pixels_KRCW,
         windows=model.windows,
         probabilities=best[:, ANY].tolist(),
-        captions=[f"{row.slice}   {row.position_mm:.1f} mm" for row in shown.itertuples()],
+        captions=[f"{row.slice + 1}   {row.position_mm:.1f} mm" for row in shown.itertuples()],
         findings=[f"{SHORT[LABELS[k]]} {one[k]:.2f}" for one, k in zip(best, suspects.labels, strict=True)],
         heading=f"study {study.uid}: the {len(shown)} most suspicious of {len(study.table)} slices",
         subheading=f"{', '.join(f'{name} {say(study, name)}' for name in (LABELS[ANY], *SUBTYPES))}; {explain_marks(study.points)}",
@@ -620,7 +629,7 @@ def submission(slices: pd.DataFrame, sample: Path | None, *, anyway: bool) -> pd
     ours = pd.Series(best.ravel(), index=ids, dtype=np.float32)
     if sample is None:
         return pd.DataFrame({"ID": ours.index, "Label": ours.to_numpy()})
-    wanted = _read_sample(sample)
+    wanted = read_sample(sample)
     found = ours.reindex(wanted["ID"]).to_numpy()
     missing = np.isnan(found)
     if missing.any() and not anyway:
@@ -631,7 +640,12 @@ def submission(slices: pd.DataFrame, sample: Path | None, *, anyway: bool) -> pd
     return pd.DataFrame({"ID": wanted["ID"], "Label": np.where(missing, wanted["Label"], found).astype(np.float32)})
 
 
-def _read_sample(path: Path) -> pd.DataFrame:
+def read_sample(path: Path) -> pd.DataFrame:
+    """The competition's sample of a submission.
+
+    Raises:
+        LabelError: there is none, or it is of another form.
+    """
     try:
         wanted = pd.read_csv(path, dtype={"ID": str, "Label": np.float32})
     except FileNotFoundError:

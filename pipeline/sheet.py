@@ -89,7 +89,9 @@ def _caption(draw: ImageDraw.ImageDraw, store: Store, study: int, place: int, le
     if names:
         draw.rectangle((left - 2, top - 2, left + TILE_PX + 1, top + height - 1), outline=POSITIVE, width=2)
     y = top + height - CAPTION_PX + 2
-    draw.text((left + 2, y), f"{place}   {store.position_mm[study, place]:.1f} mm", QUIET, ImageFont.load_default(13))
+    draw.text(
+        (left + 2, y), f"{place + 1}   {store.position_mm[study, place]:.1f} mm", QUIET, ImageFont.load_default(13)
+    )
     draw.text((left + TILE_PX - 2, y), " ".join(names), POSITIVE, ImageFont.load_default(13), anchor="ra")
 
 

@@ -24,6 +24,7 @@ from pipeline.provenance import describe_making
 from pipeline.report import describe, render_report
 from pipeline.results import average_folds
 from pipeline.store import Store
+from pipeline.survey import find_crop
 from stages.common import door
 
 
@@ -46,6 +47,9 @@ def main(arguments: argparse.Namespace) -> None:
 def _write(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.params)
     store = Store(arguments.data / "store.zarr")
+    # as it was made: params.yaml may say something else by now
+    stored = {"image_size": store.image_size, "windows": dict(store.windows), "crop": find_crop(store)}
+    config = config.model_copy(update={"preprocess": config.preprocess.model_copy(update=stored)})
     done = evaluate(config, store, train=arguments.data / "train")
     summaries = [fold.summary for fold in done.folds]
     flow = count_flow(config, store, data=arguments.data, folds_digest=summaries[0]["folds_digest"])

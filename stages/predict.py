@@ -35,7 +35,7 @@ from pipeline.errors import ConfigError, IchorError, SourceError
 from pipeline.files import write_bytes, write_json
 from pipeline.labels import ANY, LABELS, SUBTYPES
 from pipeline.manifest import account, describe_account
-from pipeline.operating import OperatingPoints, find_operating_points, read_operating_points
+from pipeline.operating import OperatingPoints, find_operating_points, read_operating_points, shorten_path
 from pipeline.predict import (
     REFUSED,
     Study,
@@ -44,6 +44,7 @@ from pipeline.predict import (
     identify,
     index_studies,
     predict_studies,
+    read_sample,
     say,
     slice_table,
     study_table,
@@ -54,7 +55,9 @@ from pipeline.trained import Model, find_models, read_model
 from stages.common import door
 
 SOME_REFUSED = 3
-SHEETS = "[0-9][0-9][0-9][0-9]-*.png"
+SHEETS = "[0-9]*-*.png"
+TABLES = ("predictions.csv", "studies.csv", "predictions.json")
+STOPPED = "stopped; sheets of the studies that were read are written, tables are not; run the same command again, from the start"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     if arguments.sample and not arguments.submission:
         raise ConfigError("--sample says how the rows of --submission FILE are ordered; give that too")
+    if arguments.submission and arguments.submission.is_dir():
+        raise ConfigError(f"--submission {arguments.submission}: a folder is there; give the name of a file")
+    if arguments.sample:
+        read_sample(arguments.sample)  # a wrong one is told now, not when all is predicted
     config = load_config(arguments.params)
     paths = find_models(arguments.model or arguments.data / "train")
     model = read_model(paths, device=config.train.device, store=arguments.data / "store.zarr")
@@ -92,8 +99,9 @@ def main(arguments: argparse.Namespace) -> None:
         manifest = index_studies(arguments.paths, config)
     started_s = time.monotonic()
     sheets = arguments.out / "sheets"
-    for old in sheets.glob(SHEETS):
-        old.unlink()
+    # of an earlier run: a stopped one leaves nothing that looks like its own
+    for old in (*sheets.glob(SHEETS), *(arguments.out / name for name in TABLES)):
+        old.unlink(missing_ok=True)
     remove_studies(arguments.out / "dicom")
     unwritten: list[str] = []
     try:
@@ -117,15 +125,17 @@ def main(arguments: argparse.Namespace) -> None:
     accounting = account(manifest)
     result = describe_result(studies, model, accounting, points=points)
     slices = slice_table(studies, model)
-    write_bytes(arguments.out / "predictions.csv", slices.to_csv(index=False).encode())
-    write_bytes(arguments.out / "studies.csv", study_table(studies, model).to_csv(index=False).encode())
-    write_json(arguments.out / "predictions.json", result)
+    tables = (slices, study_table(studies, model))
+    for name, table in zip(TABLES, tables, strict=False):
+        write_bytes(arguments.out / name, table.to_csv(index=False).encode())
+    write_json(arguments.out / TABLES[-1], result)
     if arguments.json:
         json.dump(result, sys.stdout, indent=2)
         print()
     else:
         print(describe_account(accounting))
-        _show(studies, model, points, seconds, arguments.out)
+        hint = "" if arguments.anyway else " (--anyway predicts them too, where a slice can be used)"
+        _show(studies, model, points, hint=hint, done=f"{seconds:.1f} s; {arguments.out}")
     if arguments.submission:
         rows = submission(slices, arguments.sample, anyway=arguments.anyway)
         write_bytes(arguments.submission, rows.to_csv(index=False).encode())
@@ -153,17 +163,17 @@ def _find_points(given: Path | None, model_path: Path, model: Model) -> Operatin
     path = given or find_operating_points(model_path)
     if path is None:
         return OperatingPoints(
-            why_not=f"{model_path}: its run has no operating points; run `python -m stages.evaluate`, or give --operating-points FILE"
+            why_not=f"{shorten_path(model_path)}: its run has no operating points; run `python -m stages.evaluate`, or give --operating-points FILE"
         )
     return read_operating_points(path, identity=identify(model))
 
 
-def _show(studies: Sequence[Study], model: Model, points: OperatingPoints, seconds: float, out: Path) -> None:
+def _show(studies: Sequence[Study], model: Model, points: OperatingPoints, *, hint: str, done: str) -> None:
     order = [LABELS[ANY], *SUBTYPES]
     print(f"{'':16}{''.join(f'{SHORT.get(name, name):>8} ' for name in order)} slice   study")
     for study in studies:
         cells = "".join(f"{_align(say(study, name)):>9}" for name in order if study.table is not None)
-        where = "" if study.table is None else f"{study.suspicious_slice}/{study.slices}"
+        where = "" if study.table is None else f"{(study.suspicious_slice or 0) + 1}/{study.slices}"
         print(f"{study.status:16}{cells or ' ' * 54} {where:8}{study.uid}")
         for warning in study.warnings:
             print(f"{'':18}{warning}")
@@ -172,7 +182,7 @@ def _show(studies: Sequence[Study], model: Model, points: OperatingPoints, secon
     refused = sum(study.status == REFUSED for study in studies)
     print(
         f"{len(studies) - refused:,} studies ({slices:,} slices) predicted by {len(model.folds)} fold(s), {refused:,} refused"
-        f"{' (--anyway predicts them too)' if refused else ''}, {seconds:.1f} s; {out}"
+        f"{hint if refused else ''}, {done}"
     )
 
 
@@ -182,4 +192,4 @@ def _align(text: str) -> str:
 
 
 if __name__ == "__main__":
-    door(main, __doc__, add_arguments)
+    door(main, __doc__, add_arguments, stopped=STOPPED)

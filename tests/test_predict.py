@@ -392,7 +392,7 @@ def test_no_text_of_a_header_leaves_it(trained: Trained, tmp_path: Path, run_sta
     assert "uncalibrated, without operating points: " in ran.out
     assert "its run has no operating points; run `python -m stages.evaluate`" in ran.out
     assert "1 studies (" in ran.out
-    assert "1 refused (--anyway predicts them too)" in ran.out
+    assert "1 refused (--anyway predicts them too, where a slice can be used)" in ran.out
     written = [path for path in out.rglob("*") if path.is_file()]
     assert len(written) == 4
     contents = [path.read_bytes() for path in written]
