@@ -28,6 +28,7 @@ from pipeline.metrics import (
     PrecisionRecall,
     Scored,
     auc,
+    fit_operating_points,
     judge,
     log_loss,
     number_patients,
@@ -61,6 +62,14 @@ STEPS = {
 DECIMALS = 6
 """Of the figures in metrics.json: more than any cohort supports, few enough to read."""
 
+OPERATING_RULE = (
+    "The log odds of a probability are divided by the temperature; a label is called where the probability after that is at "
+    "least the threshold. Temperature: the lowest log loss on all held-out predictions (Platt's targets). Threshold: the highest "
+    "sensitivity + specificity on them (Youden's J), halfway to the next lower probability. A study's probability is the "
+    "highest of its slices' before scaling. null: too few positive or negative patients to score such a choice on others."
+)
+"""Stands in operating_points.json, for whoever reads it without this code."""
+
 Drawn = dict[str, dict[str, Floats]]
 """Figures by name, float64 [D] each, of each statistic."""
 
@@ -81,6 +90,7 @@ class Evaluation:
     precision_recall: dict[str, list[PrecisionRecall]]
     reliability: dict[str, dict[str, tuple[Reliability, Reliability | None]]]
     """By level and label: as predicted, and after temperature scaling."""
+    operating_points: dict[str, Any]
     folds: list[TrainedFold]
     pictures: list[Picture]
     without_heat: list[str]
@@ -116,10 +126,28 @@ def evaluate(config: Config, store: Store, *, train: Path) -> Evaluation:
         {level: [thin(curve) for curve in roc_curves(scored)] for level, scored in levels.items()},
         {level: precision_recall_curves(scored) for level, scored in levels.items()},
         {level: reliabilities(found) for level, found in judged.items()},
+        operating_points(store, folds, judged),
         folds,
         pictures,
         without_heat,
     )
+
+
+def operating_points(store: Store, folds: Sequence[TrainedFold], judged: dict[str, list[Judged]]) -> dict[str, Any]:
+    """Temperatures and thresholds for reading new studies, with what they were fitted on.
+
+    They are fitted on all held-out predictions at once and thus have no scores of their own: the scores in metrics.json are the
+    cross-fitted ones, by the same rules on fewer patients. Each held-out prediction is one fold's; where several folds read a new
+    study, the mean of what they say is scaled as if one had said it. Not rounded, so that a slice on the edge stays on its side.
+    """
+    return {
+        "store_digest": store.digest,
+        "folds_digest": folds[0].summary["folds_digest"],
+        "folds": [result.fold for result in folds],
+        "params": folds[0].summary["params"],
+        "rule": OPERATING_RULE,
+        **{level: fit_operating_points(found) for level, found in judged.items()},
+    }
 
 
 def _score_all(

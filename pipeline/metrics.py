@@ -422,6 +422,24 @@ def _held_out_groups(scored: Scored, label: int) -> list[Bools]:
     return groups if all(has_both(truth[~here]) for here in groups) else []
 
 
+def fit_operating_points(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
+    """For new rows: by label the temperature and, on the probability after scaling by it, the threshold, fitted on all rows.
+
+    Both rules are those of the cross-fitted figures, which alone are scores: what is fitted on all rows cannot be scored on them.
+    A label without cross-fitted calls has neither, since nobody could say what they are worth.
+    """
+    return {LABELS[one.label]: _fit_operating_point(one) for one in judged}
+
+
+def _fit_operating_point(judged: Judged) -> dict[str, Any]:
+    truth, temperature, threshold = judged.truth, None, None
+    if judged.decisions is not None:
+        temperature = fit_temperature(truth, judged.probability)
+        threshold = youden_threshold(truth, scale(judged.probability, temperature))
+    counts = {"positives": int(truth.sum()), "negatives": int((~truth).sum())}
+    return {"temperature": temperature, "threshold": threshold, **counts}
+
+
 def youden_threshold(truth: Bools, probability: Floats) -> float:
     """The threshold with the highest sensitivity + specificity; halfway to the next lower probability.
 

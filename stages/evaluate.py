@@ -1,8 +1,9 @@
 """Score the held-out predictions of the folds in train.folds, slice by slice and study by study; write the report.
 
 Reads <data>/store.zarr and <data>/train/fold-K; writes into <data>/report: metrics.json (all figures), headline.json (the
-few that tell two experiments apart), roc.csv, precision_recall.csv, reliability.csv and training.csv (curves), unlabelled.parquet
-(the folds' mean for studies without labels), report.html and MODEL_CARD.md.
+few that tell two experiments apart), operating_points.json (temperatures and thresholds for reading new studies), roc.csv,
+precision_recall.csv, reliability.csv and training.csv (curves), unlabelled.parquet (the folds' mean for studies without labels),
+report.html and MODEL_CARD.md.
 """
 
 import argparse
@@ -73,6 +74,7 @@ def _write(arguments: argparse.Namespace) -> None:
     folder = arguments.data / "report"
     write_json(folder / "metrics.json", done.metrics)
     write_json(folder / "headline.json", done.metrics["headline"])
+    write_json(folder / "operating_points.json", done.operating_points)
     write_parquet(folder / "unlabelled.parquet", average_folds(done.folds))
     tables = {
         "roc": curve_table(done.curves),

@@ -16,6 +16,7 @@ import pytest
 import sklearn.metrics
 from markupsafe import escape
 
+from pipeline.calibration import fit_temperature, scale
 from pipeline.charts import Axis, Band, Line, chart, ticks
 from pipeline.config import Config, Window
 from pipeline.errors import CheckpointError, ConfigError, IchorError, StoreError
@@ -174,7 +175,8 @@ def test_stage_writes_metrics_curves_and_report_and_prints_the_scores(
     done: Ran = run_stage("evaluate", params=run.params)
     assert done.code == 0, done.err
     tables = ["precision_recall.csv", "reliability.csv", "roc.csv", "training.csv"]
-    written = sorted(["MODEL_CARD.md", "headline.json", "metrics.json", "report.html", "unlabelled.parquet", *tables])
+    files = ["MODEL_CARD.md", "headline.json", "metrics.json", "operating_points.json", "report.html"]
+    written = sorted([*files, "unlabelled.parquet", *tables])
     assert sorted(run.outputs()) == written
     metrics = run.metrics()
     assert {"headline", "held_out", "counting", "headers", "strata", "slice", "study"} == set(metrics)
@@ -326,6 +328,35 @@ def test_prediction_that_is_no_probability_is_refused(run: Run, value: float) ->
 def test_show_without_scores_says_how_to_get_them(run: Run) -> None:
     with pytest.raises(IchorError, match=r"metrics.json: no scores yet; run `python -m stages.evaluate`"):
         main(argparse.Namespace(params=run.params, data=run.data, show=True))
+
+
+def test_operating_points_are_fitted_on_all_held_out_predictions_and_say_on_which(run: Run) -> None:
+    metrics = run.evaluate()
+    found = json.loads((run.report / "operating_points.json").read_text())
+    assert list(found) == ["store_digest", "folds_digest", "folds", "params", "rule", "slice", "study"]
+    assert (found["store_digest"], found["folds_digest"]) == (run.store.digest, "dealt once")
+    assert (found["folds"], found["params"]) == ([0, 1], run.config.train.shaping())
+    tables = [pd.read_parquet(run.data / "train" / f"fold-{fold}" / "predictions.parquet") for fold in (0, 1)]
+    said = pd.concat(tables).set_index("image_id")["any"]
+    known = {
+        run.store.image_id[s, k]: run.labels[s, k, ANY] for s, k in run.store.slices if run.labels[s, k, ANY] != -1
+    }
+    truth, probability = np.array(list(known.values())) == 1, said[list(known)].to_numpy(np.float64)
+    point = found["slice"]["any"]
+    assert (point["positives"], point["negatives"]) == (truth.sum(), (~truth).sum())
+    assert point["temperature"] == fit_temperature(truth, probability)
+    called = scale(probability, point["temperature"]) >= point["threshold"]
+    best = max(recall(truth, probability >= one) + recall(~truth, probability < one) for one in probability)
+    assert recall(truth, called) + recall(~truth, ~called) == best
+    for level in ("slice", "study"):
+        for name in LABELS:
+            scored = metrics[level][name]["sensitivity"] is not None
+            assert (found[level][name]["temperature"] is not None) == scored
+            assert (found[level][name]["threshold"] is not None) == scored
+
+
+def recall(truth: np.ndarray, called: np.ndarray) -> float:
+    return float(sklearn.metrics.recall_score(truth, called))
 
 
 def test_roc_table_starts_and_ends_in_the_corners(run: Run) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 import sklearn.metrics
 
 from pipeline.bootstrap import interval, resample
@@ -19,6 +20,7 @@ from pipeline.metrics import (
     Scored,
     base_rates,
     decide,
+    fit_operating_points,
     judge,
     judge_label,
     log_loss,
@@ -412,6 +414,37 @@ def test_youden_threshold_maximises_sensitivity_plus_specificity() -> None:
 def test_youden_threshold_of_useless_probabilities_is_finite() -> None:
     assert np.isfinite(youden_threshold(np.array([True, False]), np.array([0.1, 0.9])))
     assert youden_threshold(np.array([True, False]), np.array([0.5, 0.5])) == 0.5
+
+
+def test_operating_points_have_the_lowest_log_loss_and_the_highest_youden_of_all_rows() -> None:
+    scored = make_scored(patients=60, folds=2)
+    point = fit_operating_points(judge(scored))["any"]
+    truth, probability = scored.labels_NL[:, ANY] == 1, scored.probabilities_NL[:, ANY]
+    platt = np.where(truth, (truth.sum() + 1) / (truth.sum() + 2), 1 / ((~truth).sum() + 2))
+
+    def loss(temperature: float) -> float:
+        after = scale(probability, temperature)
+        return float(-(platt * np.log(after) + (1 - platt) * np.log(1 - after)).sum())
+
+    best = scipy.optimize.minimize_scalar(loss, bounds=(0.05, 20), method="bounded", options={"xatol": 1e-9})
+    assert point["temperature"] == pytest.approx(best.x, rel=1e-5)
+    after = scale(probability, point["temperature"])
+    fpr, tpr, threshold = sklearn.metrics.roc_curve(truth, after, drop_intermediate=False)
+    at = int(np.argmax(tpr - fpr))
+    assert threshold[at + 1] < point["threshold"] < threshold[at], (
+        "after scaling, halfway to the next lower probability"
+    )
+    assert ((after >= point["threshold"]) == (after >= threshold[at])).all()
+
+
+def test_operating_point_that_no_cross_fitted_figure_backs_is_not_given() -> None:
+    scored = make_scored(patients=40, folds=2)
+    scored.labels_NL[:, 0] = scored.patient_N == "p3"
+    scored.labels_NL[:, 1] = -1
+    points = fit_operating_points(judge(scored))
+    nothing = {"temperature": None, "threshold": None}
+    assert points["epidural"] == {**nothing, "positives": 10, "negatives": 390}, "one positive patient"
+    assert points["intraparenchymal"] == {**nothing, "positives": 0, "negatives": 0}
 
 
 def test_roc_curves_equal_scikit_learns_and_come_one_a_fold() -> None:
