@@ -9,7 +9,7 @@ Axes: N rows, P patients, D draws (resamples), K figures.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -64,8 +64,80 @@ class Ratios:
         return dict(zip(self.names, ratios_DK.T, strict=True))
 
 
+class AtPrevalence:
+    """Ratios of sums when each draw's positive studies are brought to a share of all its studies.
+
+    Args:
+        parts: by name, numerator and denominator of each row, [N].
+        in_positive_N: whether a row's study is positive: 1 or 0; of other rows nothing counts.
+        studies_P2: how many of a patient's studies are negative, and how many positive.
+        prevalence: the share.
+        patient_N: number of each row's patient, 0 to P − 1.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]],
+        *,
+        in_positive_N: npt.NDArray[np.int8],
+        studies_P2: npt.NDArray[Any],
+        prevalence: float,
+        patient_N: npt.NDArray[np.int64],
+    ) -> None:
+        self.names, self.studies_P2, self.shares = list(parts), studies_P2, (1 - prevalence, prevalence)
+        self.sums_PK = [
+            np.stack(
+                [
+                    np.bincount(patient_N, row_N * (in_positive_N == kind), len(studies_P2))
+                    for pair in parts.values()
+                    for row_N in pair
+                ],
+                axis=1,
+            )
+            for kind in (0, 1)
+        ]
+
+    def of(self, counts_DP: Floats) -> dict[str, Floats]:
+        with np.errstate(invalid="ignore", divide="ignore"):  # a draw without the denominator's rows: undefined, NaN
+            weight_D2 = self.shares / (counts_DP @ self.studies_P2)
+            negative_DK, positive_DK = (weight_D2[:, [kind]] * (counts_DP @ self.sums_PK[kind]) for kind in (0, 1))
+            sums_DK = negative_DK + positive_DK
+            ratios_DK = sums_DK[:, ::2] / sums_DK[:, 1::2]
+        return dict(zip(self.names, ratios_DK.T, strict=True))
+
+
+class Gaps:
+    """Expected calibration errors: the distance between what was said and what was true, summed over bins.
+
+    Args:
+        parts: by name, truth less probability and the bin of each row, [N].
+        patient_N: number of each row's patient, 0 to P − 1.
+        patients: P.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, tuple[Floats, npt.NDArray[np.int64]]],
+        *,
+        patient_N: npt.NDArray[np.int64],
+        patients: int,
+    ) -> None:
+        self.rows_P = np.bincount(patient_N, minlength=patients).astype(np.float64)
+        self.sums_PB = {
+            name: np.bincount(
+                patient_N * (bins := int(bin_N.max(initial=0)) + 1) + bin_N, gap_N, patients * bins
+            ).reshape(patients, bins)
+            for name, (gap_N, bin_N) in parts.items()
+        }
+
+    def of(self, counts_DP: Floats) -> dict[str, Floats]:
+        rows_D = counts_DP @ self.rows_P
+        with np.errstate(invalid="ignore"):  # a draw without rows
+            return {name: np.abs(counts_DP @ sums_PB).sum(axis=1) / rows_D for name, sums_PB in self.sums_PB.items()}
+
+
 class Ranked:
-    """AUC and average precision, from ranks that are found once.
+    """AUC, average precision and sensitivities at given specificities, from ranks that are found once.
 
     The AUC is the share of pairs of a positive and a negative that are in order, ties half; average precision is the mean, over the
     positives, of the precision at each one's probability. Both need, at each positive, how many positives and how many
@@ -75,12 +147,23 @@ class Ranked:
         truth: bool [N].
         score: [N], higher is likelier.
         patient_N: number of each row's patient, 0 to P − 1.
+        specificities: per cent; at each the highest sensitivity on the draw's ROC curve is read off.
     """
 
-    def __init__(self, truth: Bools, score: npt.NDArray[Any], *, patient_N: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        truth: Bools,
+        score: npt.NDArray[Any],
+        *,
+        patient_N: npt.NDArray[np.int64],
+        specificities: Sequence[int] = (),
+    ) -> None:
+        self.specificities = specificities
+        self.names = ["auc", "average_precision", *(f"sensitivity_at_{at}" for at in specificities)]
         score = np.asarray(score, np.float64)
         up = np.argsort(score, kind="stable")
         positive, negative = up[truth[up]][::-1], up[~truth[up]][::-1]  # the likeliest first
+        self.positive, self.negative = positive, negative
         self.positive_patient, self.negative_patient = patient_N[positive], patient_N[negative]
         at = score[positive]
         negatives, positives = -score[negative], -at  # ascending, as searchsorted wants it
@@ -90,20 +173,71 @@ class Ranked:
         self.running = np.zeros(len(negative) + 1)
 
     def of(self, counts_DP: Floats) -> dict[str, Floats]:
-        pairs = np.array([self._one(counts_P) for counts_P in counts_DP]).reshape(-1, 2)
-        return {"auc": pairs[:, 0], "average_precision": pairs[:, 1]}
+        found_DK = np.array([self._figures(*self._weigh(counts_P)) for counts_P in counts_DP])
+        return dict(zip(self.names, found_DK.reshape(-1, len(self.names)).T, strict=True))
 
-    def _one(self, counts_P: Floats) -> tuple[float, float]:
-        np.cumsum(counts_P[self.negative_patient], out=self.running[1:])
-        positive = counts_P[self.positive_patient]
-        positives, negatives = positive.sum(), self.running[-1]
-        if not positives or not negatives:
-            return np.nan, np.nan
+    def _weigh(self, counts_P: Floats) -> tuple[Floats, Floats]:
+        """What each positive and each negative weighs in a draw, the likeliest first."""
+        return counts_P[self.positive_patient], counts_P[self.negative_patient]
+
+    def _figures(self, positive: Floats, negative: Floats) -> list[float]:
+        auc = self._auc(positive, negative)
+        if np.isnan(auc):
+            return [np.nan] * len(self.names)
         as_high = self.running[self.as_high]
         found = np.cumsum(positive)[self.found]
-        disordered = (positive * (self.running[self.higher] + as_high)).sum() / 2
         precision = found / np.maximum(found + as_high, 1)  # 0 by 0 only where the positive itself was not drawn
-        return 1 - disordered / (positives * negatives), (positive * precision).sum() / positives
+        return [auc, (positive * precision).sum() / positive.sum(), *self._sensitivities(as_high, found)]
+
+    def _auc(self, positive: Floats, negative: Floats) -> float:
+        np.cumsum(negative, out=self.running[1:])
+        pairs = positive.sum() * self.running[-1]
+        if not pairs:
+            return np.nan
+        disordered = (positive * (self.running[self.higher] + self.running[self.as_high])).sum() / 2
+        return float(1 - disordered / pairs)
+
+    def _sensitivities(self, as_high: Floats, found: Floats) -> list[float]:
+        """The share of positives that score as high as the last one up to whom few enough negatives do."""
+        shares = [1 - at / 100 + 1e-12 for at in self.specificities]  # 1 − 0.9 is a little less than 0.1
+        reached = np.searchsorted(as_high, np.array(shares) * self.running[-1], "right")
+        return [float(found[one - 1] / found[-1]) if one else 0.0 for one in reached]
+
+
+class Balanced(Ranked):
+    """AUC where positives and negatives weigh the same in every bin: a row weighs what share of its bin the other class is.
+
+    These are the overlap weights of Li, Morgan and Zaslavsky (Balancing Covariates via Propensity Score Weighting, 2018), made
+    anew from each draw's rows: a bin with one class only weighs nothing, no row weighs more than 1.
+
+    Args:
+        truth: bool [N].
+        score: [N], higher is likelier.
+        bin_N: int64 [N], from 0.
+        patient_N: number of each row's patient, 0 to P − 1.
+    """
+
+    def __init__(
+        self,
+        truth: Bools,
+        score: npt.NDArray[Any],
+        *,
+        bin_N: npt.NDArray[np.int64],
+        patient_N: npt.NDArray[np.int64],
+    ) -> None:
+        super().__init__(truth, score, patient_N=patient_N)
+        self.names, self.bins = ["auc"], int(bin_N.max(initial=0)) + 1
+        self.positive_bin, self.negative_bin = bin_N[self.positive], bin_N[self.negative]
+
+    def _weigh(self, counts_P: Floats) -> tuple[Floats, Floats]:
+        positive, negative = super()._weigh(counts_P)
+        positives = np.bincount(self.positive_bin, positive, self.bins)
+        negatives = np.bincount(self.negative_bin, negative, self.bins)
+        rows = np.maximum(positives + negatives, 1)
+        return positive * (negatives / rows)[self.positive_bin], negative * (positives / rows)[self.negative_bin]
+
+    def _figures(self, positive: Floats, negative: Floats) -> list[float]:
+        return [self._auc(positive, negative)]
 
 
 def draw(patients: int, *, resamples: int, seed: int) -> Iterator[Floats]:
@@ -143,3 +277,17 @@ def interval(values_D: Floats) -> list[float] | None:
         return None
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return [float(low), float(high)] if low < high else None
+
+
+def pivotal_interval(values_D: Floats, figure: float) -> list[float] | None:
+    """The interval of a distance that chance can only add to, such as a calibration error: the draws' middle, mirrored at the figure.
+
+    A resample adds as much chance again as the rows had, so that its error is too high by what the rows' own is too high, and
+    mirroring takes both away (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 5.2). Of 200
+    cohorts of 80 patients whose error is 0.05 it held that in 90 %, the middle of the draws in 2 %; of 400 patients both in 87.
+    The interval may lie below the figure. None as for `interval`, and where all of it would lie below 0.
+    """
+    ends = interval(values_D)
+    if ends is None or ends[0] >= 2 * figure:  # all of it below 0, where no error lies
+        return None
+    return [max(2 * figure - ends[1], 0.0), 2 * figure - ends[0]]

@@ -45,10 +45,14 @@ class Reliability:
         return float(np.average(np.abs(self.observed - self.predicted), weights=self.rows))
 
 
+def find_bins(probability: Floats) -> npt.NDArray[np.int64]:
+    """Each row's bin, 0 to `BINS` − 1: int64 [N]; a probability on an edge falls into the lower bin, as in scikit-learn."""
+    return np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], probability).astype(np.int64)
+
+
 def reliability(truth: Bools, probability: Floats) -> Reliability:
-    """Sort rows into `BINS` bins; a probability on an edge falls into the lower bin, as in scikit-learn."""
-    edges = np.linspace(0, 1, BINS + 1)[1:-1]
-    place = np.searchsorted(edges, probability)
+    """Sort rows into `BINS` bins."""
+    place = find_bins(probability)
     rows = np.bincount(place, minlength=BINS)
     held = rows > 0
     said, true = (np.bincount(place, values, BINS)[held] / rows[held] for values in (probability, truth))

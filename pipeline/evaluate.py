@@ -228,16 +228,17 @@ def _draw(
     levels: dict[str, Scored], judged: dict[str, list[Judged]], config: Config, *, others: dict[str, Ranking]
 ) -> Drawn:
     """Every figure in the same resamples of the patients, by level/label/kind or the name of another ranking."""
-    patients = sorted(set(levels["slice"].patient_N.astype(str)))
+    patients, settings = sorted(set(levels["slice"].patient_N.astype(str))), config.evaluate
     wanted: dict[str, Statistic] = {
         f"{level}/{key}": statistic
         for level, scored in levels.items()
-        for key, statistic in statistics(scored, judged[level], patients=patients).items()
+        for key, statistic in statistics(
+            scored, judged[level], patients=patients, prevalence=settings.prevalence
+        ).items()
     }
     for key, (scored, rows, probability) in others.items():
         patient_N = number_patients(scored, patients)[rows]
         wanted[key] = Ranked(scored.labels_NL[rows, ANY] == 1, probability, patient_N=patient_N)
-    settings = config.evaluate
     return resample(wanted, patients=len(patients), resamples=settings.bootstrap, seed=settings.seed)
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
-from pipeline.bootstrap import Ranked, Ratios, Statistic, interval
-from pipeline.calibration import Reliability, fit_temperature, reliability, scale
+from pipeline.bootstrap import AtPrevalence, Gaps, Ranked, Ratios, Statistic, interval, pivotal_interval
+from pipeline.calibration import Reliability, find_bins, fit_temperature, reliability, scale
 from pipeline.labels import ANY, LABEL_WEIGHTS, LABELS, UNKNOWN
 
 SMALLEST_PROBABILITY = 1e-15
@@ -29,7 +29,7 @@ CURVE_POINTS = 200
 
 ALL_FOLDS = "all"
 
-WEIGHTED = "weighted"
+WHOLE = "whole"
 """Stands for a label where a figure is of all labels at once."""
 
 AVERAGED = ("auc", "average_precision", "sensitivity", "specificity", "log_loss", "base_rate_log_loss", "brier", "ece")
@@ -39,6 +39,9 @@ SPECIFICITIES = (90, 95)
 
 RATES = ("sensitivity", "specificity", "ppv", "npv", "f1", "accuracy")
 """Of calls; each is a sum over rows by another."""
+
+CALIBRATION_ERRORS = ("ece", "ece_scaled")
+"""Too high by chance, never too low; their intervals allow for it."""
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -159,7 +162,7 @@ def score(scored: Scored, judged: Sequence[Judged], *, prevalence: float) -> dic
         "macro": _macro(list(by_label.values())),
         "micro_auc": auc(scored.labels_NL[known_NL] == 1, scored.probabilities_NL[known_NL]),
         "weighted_log_loss": weighted_log_loss(scored.labels_NL, scored.probabilities_NL),
-        "weighted_log_loss_scaled": _scaled_loss(scored, judged),
+        "weighted_log_loss_scaled": weighted_log_loss(scored.labels_NL, _scaled_probabilities(scored, judged)),
         "base_rate_weighted_log_loss": weighted_log_loss(scored.labels_NL, base_rates(scored.labels_NL)),
     }
 
@@ -176,9 +179,9 @@ def score_label(scored: Scored, judged: Judged, *, weights_N: Floats | None) -> 
         "auc": auc(truth, probability),
         "average_precision": average_precision(truth, probability),
         **{f"sensitivity_at_{at}": sensitivity_at(truth, probability, at / 100) for at in SPECIFICITIES},
-        **dict.fromkeys(RATES),
+        **dict.fromkeys((*RATES, "log_loss_scaled", "brier_scaled")),
         **{name: _ratio(*parts) for name, parts in judged_parts(judged).items()},
-        **_at_prevalence(truth, called, None if weights_N is None else weights_N[known_N]),
+        **_at_prevalence(judged, weights_N),
         "confusion": _confusion(truth, called),
         "thresholds": list(judged.decisions.thresholds) if judged.decisions else None,
         "base_rate_log_loss": log_loss(truth, np.full(len(truth), truth.mean() if len(truth) else 0.0)),
@@ -196,9 +199,12 @@ def judged_parts(judged: Judged) -> dict[str, tuple[npt.NDArray[Any], npt.NDArra
     truth, probability = judged.truth, judged.probability
     one = np.ones(len(truth))
     parts = {
-        "log_loss": (_losses(truth, probability), one),
+        "log_loss": (losses(truth, probability), one),
         "brier": ((probability - truth) ** 2, one),
     }
+    if judged.scaled is not None:
+        after = judged.scaled.probability
+        parts |= {"log_loss_scaled": (losses(truth, after), one), "brier_scaled": ((after - truth) ** 2, one)}
     if judged.decisions is None:
         return parts
     called = judged.decisions.called
@@ -211,6 +217,14 @@ def judged_parts(judged: Judged) -> dict[str, tuple[npt.NDArray[Any], npt.NDArra
         "f1": (2 * hit, either),
         "accuracy": (truth == called, one),
     }
+
+
+def prevalence_parts(judged: Judged) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """As `judged_parts`: the figures that depend on how many studies have hemorrhage; none without calls."""
+    if judged.decisions is None:
+        return {}
+    truth, called = judged.truth, judged.decisions.called
+    return {"ppv_at_prevalence": (truth & called, called), "npv_at_prevalence": (~truth & ~called, ~called)}
 
 
 def _ratio(numerator: npt.NDArray[Any], denominator: npt.NDArray[Any]) -> float | None:
@@ -237,9 +251,7 @@ def to_prevalence(scored: Scored, prevalence: float) -> Floats | None:
     Returns:
         float64 [N], or None if all studies are positive or all negative.
     """
-    study, row = np.unique(scored.study_N, return_inverse=True)
-    any_S = np.full(len(study), UNKNOWN, np.int8)
-    np.maximum.at(any_S, row, scored.labels_NL[:, ANY])
+    any_S, _, row = _any_of_studies(scored)
     positive, known = int((any_S == 1).sum()), int((any_S != UNKNOWN).sum())
     if positive in (0, known):
         return None
@@ -247,55 +259,91 @@ def to_prevalence(scored: Scored, prevalence: float) -> Floats | None:
     return np.where(any_S == UNKNOWN, 0.0, weights_S)[row]
 
 
-def _at_prevalence(truth: Bools, called: Bools | None, weights: Floats | None) -> dict[str, float | None]:
-    if called is None or weights is None:
-        return {"ppv_at_prevalence": None, "npv_at_prevalence": None}
-    return {
-        "ppv_at_prevalence": _ratio(weights * (truth & called), weights * called),
-        "npv_at_prevalence": _ratio(weights * (~truth & ~called), weights * ~called),
-    }
+def _any_of_studies(scored: Scored) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Each study's `any`, int8 [S]; the first of its rows, int64 [S]; and each row's study, int64 [N]."""
+    study, first, row = np.unique(scored.study_N, return_index=True, return_inverse=True)
+    any_S = np.full(len(study), UNKNOWN, np.int8)
+    np.maximum.at(any_S, row, scored.labels_NL[:, ANY])
+    return any_S, first, row
+
+
+def _at_prevalence(judged: Judged, weights_N: Floats | None) -> dict[str, float | None]:
+    found: dict[str, float | None] = {"ppv_at_prevalence": None, "npv_at_prevalence": None}
+    if weights_N is None:
+        return found
+    weights = weights_N[judged.known_N]
+    parts = prevalence_parts(judged)
+    return found | {name: _ratio(weights * upper, weights * lower) for name, (upper, lower) in parts.items()}
 
 
 def _calibration(judged: Judged) -> dict[str, Any]:
-    """Expected calibration error, and what temperature scaling makes of it, of the log loss and of the Brier score."""
+    """Expected calibration error, and what temperature scaling makes of it."""
     truth, scaled = judged.truth, judged.scaled
     after = scaled.probability if scaled else None
     return {
         "ece": reliability(truth, judged.probability).error,
         "ece_scaled": None if after is None else reliability(truth, after).error,
-        "log_loss_scaled": None if after is None else log_loss(truth, after),
-        "brier_scaled": None if after is None else float(((after - truth) ** 2).mean()),
         "temperatures": list(scaled.temperatures) if scaled else None,
     }
 
 
-def _scaled_loss(scored: Scored, judged: Sequence[Judged]) -> float | None:
-    """The weighted log loss after scaling; a label that could not be scaled stands as it was."""
+def _scaled_probabilities(scored: Scored, judged: Sequence[Judged]) -> Floats:
+    """After scaling, float64 [N, L]; a label that could not be scaled stands as it was."""
     probabilities_NL = scored.probabilities_NL.copy()
     for one in judged:
         if one.scaled is not None:
             probabilities_NL[one.known_N, one.label] = one.scaled.probability
-    return weighted_log_loss(scored.labels_NL, probabilities_NL)
+    return probabilities_NL
 
 
-def statistics(scored: Scored, judged: Sequence[Judged], *, patients: Sequence[str]) -> dict[str, Statistic]:
-    """What the bootstrap draws: by label (and `WEIGHTED`), then "/ranks" or "/sums".
+def statistics(
+    scored: Scored, judged: Sequence[Judged], *, patients: Sequence[str], prevalence: float
+) -> dict[str, Statistic]:
+    """What the bootstrap draws: by label (and `WHOLE`), then "/ranks", "/sums", "/gaps" or "/mix".
 
     Args:
         scored: the rows.
         judged: what `judge` makes of them.
         patients: sorted keys of all who may be drawn.
+        prevalence: as for `score`.
     """
-    patient_N = number_patients(scored, patients)
+    patient_N, known_NL = number_patients(scored, patients), scored.labels_NL != UNKNOWN
+    any_S, first_S, row_N = _any_of_studies(scored)
+    studies_P2 = np.stack([np.bincount(patient_N[first_S], any_S == kind, len(patients)) for kind in (0, 1)], axis=1)
     found: dict[str, Statistic] = {}
     for one in judged:
         name, of_known = LABELS[one.label], patient_N[one.known_N]
-        found[f"{name}/ranks"] = Ranked(one.truth, one.probability, patient_N=of_known)
+        found[f"{name}/ranks"] = Ranked(one.truth, one.probability, patient_N=of_known, specificities=SPECIFICITIES)
         found[f"{name}/sums"] = Ratios(judged_parts(one), patient_N=of_known, patients=len(patients))
-    losses_NL, weights_NL = _weighted(scored.labels_NL, scored.probabilities_NL)
-    rows = {"log_loss": (losses_NL.sum(axis=1), weights_NL.sum(axis=1))}
-    found[f"{WEIGHTED}/sums"] = Ratios(rows, patient_N=patient_N, patients=len(patients))
+        found[f"{name}/gaps"] = Gaps(_gap_parts(one), patient_N=of_known, patients=len(patients))
+        if one.decisions is not None:
+            found[f"{name}/mix"] = AtPrevalence(
+                prevalence_parts(one),
+                in_positive_N=any_S[row_N][one.known_N],
+                studies_P2=studies_P2,
+                prevalence=prevalence,
+                patient_N=of_known,
+            )
+    micro = (scored.labels_NL[known_NL] == 1, scored.probabilities_NL[known_NL])
+    found[f"{WHOLE}/ranks"] = Ranked(*micro, patient_N=patient_N[np.nonzero(known_NL)[0]])
+    found[f"{WHOLE}/sums"] = Ratios(_weighted_parts(scored, judged), patient_N=patient_N, patients=len(patients))
     return found
+
+
+def _gap_parts(judged: Judged) -> dict[str, tuple[Floats, npt.NDArray[np.int64]]]:
+    said = {"ece": judged.probability}
+    if judged.scaled is not None:
+        said["ece_scaled"] = judged.scaled.probability
+    return {name: (judged.truth - probability, find_bins(probability)) for name, probability in said.items()}
+
+
+def _weighted_parts(scored: Scored, judged: Sequence[Judged]) -> dict[str, tuple[Floats, Floats]]:
+    said = {
+        "weighted_log_loss": scored.probabilities_NL,
+        "weighted_log_loss_scaled": _scaled_probabilities(scored, judged),
+    }
+    parts = {name: _weighted(scored.labels_NL, probabilities_NL) for name, probabilities_NL in said.items()}
+    return {name: (losses_NL.sum(axis=1), weights_NL.sum(axis=1)) for name, (losses_NL, weights_NL) in parts.items()}
 
 
 def number_patients(scored: Scored, patients: Sequence[str]) -> npt.NDArray[np.int64]:
@@ -310,11 +358,25 @@ def with_intervals(scores: Mapping[str, Any], drawn: Mapping[str, Mapping[str, F
         scores: what `score` gives.
         drawn: what `resample` makes of `statistics`.
     """
-    labels = {name: _beside(scores[name], {**drawn[f"{name}/ranks"], **drawn[f"{name}/sums"]}) for name in LABELS}
-    have = [name for name in LABELS if scores[name]["auc"] is not None]
-    mean_auc = {"auc": np.mean([drawn[f"{name}/ranks"]["auc"] for name in have], axis=0)} if have else {}
-    whole = {"weighted_log_loss": drawn[f"{WEIGHTED}/sums"]["log_loss"]}
-    return _beside({**scores, **labels, "macro": _beside(scores["macro"], mean_auc)}, whole)
+    by_label = {name: _of_label(drawn, name) for name in LABELS}
+    labels = {name: _beside(scores[name], by_label[name]) for name in LABELS}
+    macro = _beside(scores["macro"], _mean_draws(scores, by_label))
+    whole = {**drawn[f"{WHOLE}/sums"], "micro_auc": drawn[f"{WHOLE}/ranks"]["auc"]}
+    return _beside({**scores, **labels, "macro": macro}, whole)
+
+
+def _of_label(drawn: Mapping[str, Mapping[str, Floats]], label: str) -> dict[str, Floats]:
+    return {name: values for key, of in drawn.items() if key.split("/")[0] == label for name, values in of.items()}
+
+
+def _mean_draws(scores: Mapping[str, Any], by_label: Mapping[str, Mapping[str, Floats]]) -> dict[str, Floats]:
+    """Each draw's mean over the labels that have the figure."""
+    found = {}
+    for name in AVERAGED:
+        of = [drawn[name] for label, drawn in by_label.items() if name in drawn and scores[label][name] is not None]
+        if of:
+            found[name] = np.mean(of, axis=0)
+    return found
 
 
 def _beside(figures: Mapping[str, Any], drawn: Mapping[str, Floats]) -> dict[str, Any]:
@@ -322,8 +384,12 @@ def _beside(figures: Mapping[str, Any], drawn: Mapping[str, Floats]) -> dict[str
     for name, value in figures.items():
         found[name] = value
         if name in drawn:
-            found[f"{name}_ci"] = None if value is None else interval(drawn[name])
+            found[f"{name}_ci"] = None if value is None else _ends(name, value, drawn[name])
     return found
+
+
+def _ends(name: str, figure: float, values_D: Floats) -> list[float] | None:
+    return pivotal_interval(values_D, figure) if name in CALIBRATION_ERRORS else interval(values_D)
 
 
 def _macro(by_label: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -337,9 +403,11 @@ def has_both(truth: Bools) -> bool:
     return bool(truth.any() and not truth.all())
 
 
-def auc(truth: Bools, probability: npt.NDArray[Any]) -> float | None:
-    """Area under the ROC curve; None with one class only."""
-    return float(roc_auc_score(truth, probability)) if has_both(truth) else None
+def auc(truth: Bools, probability: npt.NDArray[Any], weights: Floats | None = None) -> float | None:
+    """Area under the ROC curve, of rows that may weigh; None with one class only, or if none of a class weighs anything."""
+    if weights is not None:
+        truth, probability, weights = truth[weights > 0], probability[weights > 0], weights[weights > 0]
+    return float(roc_auc_score(truth, probability, sample_weight=weights)) if has_both(truth) else None
 
 
 def average_precision(truth: Bools, probability: Floats) -> float | None:
@@ -357,7 +425,7 @@ def sensitivity_at(truth: Bools, probability: Floats, specificity: float) -> flo
 
 def log_loss(truth: Bools, probability: Floats) -> float | None:
     """Mean log loss of one label, probabilities clipped as the challenge does; None without rows."""
-    return float(_losses(truth, probability).mean()) if len(truth) else None
+    return float(losses(truth, probability).mean()) if len(truth) else None
 
 
 def weighted_log_loss(labels_NL: npt.NDArray[np.int8], probabilities_NL: Floats) -> float | None:
@@ -369,10 +437,11 @@ def weighted_log_loss(labels_NL: npt.NDArray[np.int8], probabilities_NL: Floats)
 def _weighted(labels_NL: npt.NDArray[np.int8], probabilities_NL: Floats) -> tuple[Floats, Floats]:
     """Each label's loss times its weight, and the weight, 0 where the label is unknown: float64 [N, L] both."""
     weights_NL = np.where(labels_NL != UNKNOWN, np.array(LABEL_WEIGHTS), 0.0)
-    return weights_NL * _losses(labels_NL == 1, probabilities_NL), weights_NL
+    return weights_NL * losses(labels_NL == 1, probabilities_NL), weights_NL
 
 
-def _losses(truth: Bools, probability: Floats) -> Floats:
+def losses(truth: Bools, probability: Floats) -> Floats:
+    """Each row's log loss, probabilities clipped as the challenge does."""
     clipped = np.clip(np.asarray(probability, np.float64), SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
     return -np.where(truth, np.log(clipped), np.log1p(-clipped))
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from pipeline.bootstrap import BLOCK, Floats, Ranked, Ratios, draw, interval, resample
+from pipeline.bootstrap import BLOCK, Balanced, Floats, Gaps, Ranked, Ratios, draw, interval, pivotal_interval, resample
+from pipeline.calibration import BINS, find_bins, reliability
 
 PATIENTS = 25
 
@@ -150,3 +151,53 @@ def test_three_positive_patients_are_enough_for_an_interval_and_two_are_not(
 def test_interval_without_width_is_none_for_it_would_promise_certainty() -> None:
     assert interval(np.ones(1000)) is None
     assert interval(np.full(1000, np.nan)) is None
+
+
+def test_interval_of_a_calibration_error_holds_it_where_the_middle_of_the_draws_does_not() -> None:
+    """150 cohorts of 80 patients with 5 slices each, of whom 0.05 more are positive than was said in each bin."""
+    rng, held, middle = np.random.default_rng(2), 0, 0
+    patient = np.repeat(np.arange(80), 5)
+    for _ in range(150):
+        probability = rng.choice((np.arange(BINS) + 0.5)[:-1] / BINS, len(patient))
+        truth = rng.random(len(patient)) < probability + 0.05
+        gaps = Gaps({"ece": (truth - probability, find_bins(probability))}, patient_N=patient, patients=80)
+        drawn = resample({0: gaps}, patients=80, resamples=200, seed=0)[0]["ece"]
+        low, high = pivotal_interval(drawn, reliability(truth, probability).error or 0) or (1, 0)
+        held += low <= 0.05 <= high
+        low, high = interval(drawn) or (1, 0)
+        middle += low <= 0.05 <= high
+    assert held / 150 > 0.85, (held, middle)
+    assert middle / 150 < 0.3, (held, middle)
+
+
+def test_calibration_error_that_chance_alone_explains_has_no_interval() -> None:
+    assert pivotal_interval(np.linspace(0.03, 0.08, 100), 0.01) is None
+    low, high = pivotal_interval(np.linspace(0.03, 0.08, 1001), 0.04) or (0, 0)
+    assert (low, high) == pytest.approx((0.08 - 0.07875, 0.08 - 0.03125))
+
+
+def test_balanced_auc_of_every_draw_equals_scikit_learns_with_weights(
+    rows: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    truth, probability, patient = rows
+    bins = np.random.default_rng(0).integers(0, 4, len(truth))
+    balanced = Balanced(truth, probability, bin_N=bins, patient_N=patient)
+    drawn = resample({0: balanced}, patients=PATIENTS, resamples=60, seed=5)[0]["auc"]
+    for counts_P, found in zip(np.concatenate(list(draw(PATIENTS, resamples=60, seed=5))), drawn, strict=True):
+        times = counts_P[patient]
+        weight = np.zeros(len(truth))
+        for one in range(4):  # in each bin both classes weigh the same, and more the more of both there are
+            positive, negative = times[truth & (bins == one)].sum(), times[~truth & (bins == one)].sum()
+            here = bins == one
+            weight[here] = (np.where(truth, negative, positive) * times / max(positive + negative, 1))[here]
+            assert weight[here & truth].sum() == pytest.approx(weight[here & ~truth].sum())
+        expected = sklearn.metrics.roc_auc_score(truth, probability, sample_weight=weight)
+        assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_draw_in_which_no_bin_has_both_classes_has_no_balanced_auc() -> None:
+    truth, patient = np.array([True, False, True, False]), np.arange(4)
+    balanced = Balanced(truth, np.array([0.9, 0.1, 0.8, 0.2]), bin_N=np.array([0, 0, 1, 1]), patient_N=patient)
+    found = balanced.of(np.array([[1.0, 0, 0, 1], [1, 1, 0, 0], [2, 0, 1, 1]]))["auc"]
+    assert np.isnan(found[0])
+    assert found[1:].tolist() == [1.0, 1.0]

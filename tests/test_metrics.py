@@ -11,12 +11,13 @@ import pytest
 import scipy.optimize
 import sklearn.metrics
 
-from pipeline.bootstrap import interval, resample
-from pipeline.calibration import scale
+from pipeline.bootstrap import Statistic, draw, interval, resample
+from pipeline.calibration import reliability, scale
 from pipeline.labels import ANY, LABEL_WEIGHTS, LABELS
 from pipeline.metrics import (
     RATES,
     Curve,
+    Judged,
     Scored,
     base_rates,
     decide,
@@ -209,28 +210,97 @@ def test_scaled_figures_are_those_of_scikit_learn_on_the_scaled_probabilities() 
 
 def test_each_patient_drawn_once_gives_the_figures_themselves() -> None:
     """The bootstrap's way of computing and the plain one agree, for every figure that has an interval."""
-    scored = make_scored(patients=30, folds=2, unknown=0.2)
+    scored = half_free(make_scored(patients=40, folds=2, unknown=0.2))
     figures, judged = score(scored), judge(scored)
-    patients = sorted(set(scored.patient_N))
-    for key, statistic in statistics(scored, judged, patients=patients).items():
+    found = set()
+    for key, statistic in statistics_of(scored, judged).items():
         label = key.split("/")[0]
-        expected = {"log_loss": figures["weighted_log_loss"]} if label == "weighted" else figures[label]
-        for name, value in statistic.of(np.ones((1, 30))).items():
+        expected = {**figures, "auc": figures["micro_auc"]} if label == "whole" else figures[label]
+        values = statistic.of(np.ones((1, 40)))
+        if key == "whole/ranks":
+            del values["average_precision"]  # not among the scores
+        for name, value in values.items():
             assert value[0] == pytest.approx(expected[name], abs=1e-12), key
+            found.add((label, name))
+    for name in (
+        "sensitivity_at_90",
+        "sensitivity_at_95",
+        "ppv_at_prevalence",
+        "npv_at_prevalence",
+        "ece",
+        "ece_scaled",
+    ):
+        assert ("subdural", name) in found
+    assert ("whole", "weighted_log_loss_scaled") in found
+
+
+def test_each_draw_gives_what_the_plain_way_makes_of_the_patients_drawn() -> None:
+    """For the figures whose draws are not plain sums: the drawn patients' rows are scored as a cohort of their own."""
+    scored = half_free(make_scored(patients=40, folds=2, unknown=0.1))
+    judged, patients = judge(scored), sorted(set(scored.patient_N))
+    drawn = resample(statistics_of(scored, judged), patients=40, resamples=25, seed=3)
+    counts_DP = np.concatenate(list(draw(40, resamples=25, seed=3)))
+    for number, counts_P in enumerate(counts_DP):
+        copies = [(p, k) for p, times in enumerate(counts_P) for k in range(int(times))]
+        rows = [np.flatnonzero(scored.patient_N == patients[p]) for p, _ in copies]
+        taken, study = np.concatenate(rows), np.repeat(np.arange(len(copies)), [len(one) for one in rows])
+        cohort = Scored(scored.labels_NL[taken], scored.probabilities_NL[taken], study, study, scored.fold_N[taken])
+        weights_N = to_prevalence(cohort, 0.1)
+        for one in judged:
+            known_N, place = scored.labels_NL[:, one.label] != -1, np.cumsum(one.known_N) - 1
+            kept = taken[known_N[taken]]
+            assert one.decisions is not None
+            assert one.scaled is not None
+            called, after = one.decisions.called[place[kept]], one.scaled.probability[place[kept]]
+            truth, probability = one.truth[place[kept]], one.probability[place[kept]]
+            assert weights_N is not None
+            weights = weights_N[known_N[taken]]
+            figures = {name: values[number] for of in _of(drawn, one.label) for name, values in of.items()}
+            expected = {
+                "sensitivity_at_90": sensitivity_at(truth, probability, 0.9),
+                "sensitivity_at_95": sensitivity_at(truth, probability, 0.95),
+                "ppv_at_prevalence": sklearn.metrics.precision_score(truth, called, sample_weight=weights),
+                "npv_at_prevalence": sklearn.metrics.precision_score(truth, called, pos_label=0, sample_weight=weights),
+                "ece": reliability(truth, probability).error,
+                "ece_scaled": reliability(truth, after).error,
+            }
+            assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+
+
+def _of(drawn: dict[str, dict[str, np.ndarray]], label: int) -> list[dict[str, np.ndarray]]:
+    return [figures for key, figures in drawn.items() if key.startswith(f"{LABELS[label]}/")]
+
+
+def statistics_of(scored: Scored, judged: list[Judged]) -> dict[str, Statistic]:
+    return statistics(scored, judged, patients=sorted(set(scored.patient_N)), prevalence=0.1)
 
 
 def test_intervals_stand_behind_their_figures_and_hold_them() -> None:
-    scored = make_scored(patients=60, folds=2)
-    judged, patients = judge(scored), sorted(set(scored.patient_N))
-    drawn = resample(statistics(scored, judged, patients=patients), patients=60, resamples=300, seed=0)
+    scored = half_free(make_scored(patients=60, folds=2))
+    drawn = resample(statistics_of(scored, judge(scored)), patients=60, resamples=300, seed=0)
     figures = with_intervals(score(scored), drawn)
-    for name in ("auc", "average_precision", "log_loss", "brier", *RATES):
+    at_points = ("sensitivity_at_90", "sensitivity_at_95", "ppv_at_prevalence", "npv_at_prevalence")
+    for name in (
+        "auc",
+        "average_precision",
+        "log_loss",
+        "brier",
+        "log_loss_scaled",
+        "brier_scaled",
+        *RATES,
+        *at_points,
+    ):
         low, high = figures["any"][f"{name}_ci"]
         assert low < figures["any"][name] < high
         names = list(figures["any"])
         assert names.index(f"{name}_ci") == names.index(name) + 1
-    low, high = figures["weighted_log_loss_ci"]
-    assert low < figures["weighted_log_loss"] < high
+    for name in ("micro_auc", "weighted_log_loss", "weighted_log_loss_scaled"):
+        low, high = figures[f"{name}_ci"]
+        assert low < figures[name] < high
+    low, high = figures["any"]["ece_ci"]
+    low_drawn, high_drawn = interval(drawn["any/gaps"]["ece"]) or (0, 0)
+    twice = 2 * figures["any"]["ece"]
+    assert (low, high) == pytest.approx((max(twice - high_drawn, 0), twice - low_drawn)), "mirrored at the figure"
     low, high = figures["macro"]["auc_ci"]
     assert low < figures["macro"]["auc"] < high
     mean = np.mean([drawn[f"{label}/ranks"]["auc"] for label in LABELS], axis=0)
@@ -241,10 +311,8 @@ def test_intervals_do_not_depend_on_the_order_of_the_rows() -> None:
     scored = make_scored(patients=20, folds=2)
     order = np.random.default_rng(0).permutation(len(scored))
     other = Scored(*(getattr(scored, name)[order] for name in Scored.__dataclass_fields__))
-    patients = sorted(set(scored.patient_N))
     one, two = (
-        resample(statistics(rows, judge(rows), patients=patients), patients=20, resamples=60, seed=0)
-        for rows in (scored, other)
+        resample(statistics_of(rows, judge(rows)), patients=20, resamples=60, seed=0) for rows in (scored, other)
     )
     for key, figures in one.items():
         for name, values in figures.items():
