@@ -226,13 +226,17 @@ class Balanced(Ranked):
         patient_N: npt.NDArray[np.int64],
     ) -> None:
         super().__init__(truth, score, patient_N=patient_N)
-        self.names, self.bins = ["auc"], int(bin_N.max(initial=0)) + 1
+        self.names, bins, patients = ["auc"], int(bin_N.max(initial=0)) + 1, int(patient_N.max(initial=-1)) + 1
         self.positive_bin, self.negative_bin = bin_N[self.positive], bin_N[self.negative]
+        place, shape = patient_N * bins + bin_N, (patients, bins)
+        self.positives_PB, self.negatives_PB = (
+            np.bincount(place, kind, patients * bins).reshape(shape) for kind in (truth, ~truth)
+        )
 
     def _weigh(self, counts_P: Floats) -> tuple[Floats, Floats]:
         positive, negative = super()._weigh(counts_P)
-        positives = np.bincount(self.positive_bin, positive, self.bins)
-        negatives = np.bincount(self.negative_bin, negative, self.bins)
+        of_P = counts_P[: len(self.positives_PB)]  # patients after the last one here have no row
+        positives, negatives = of_P @ self.positives_PB, of_P @ self.negatives_PB
         rows = np.maximum(positives + negatives, 1)
         return positive * (negatives / rows)[self.positive_bin], negative * (positives / rows)[self.negative_bin]
 

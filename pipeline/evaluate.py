@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pipeline.baseline import counter_for, header_features, predict_from_headers
+from pipeline.baseline import counter_for
 from pipeline.bootstrap import Floats, Ranked, Statistic, interval, resample
 from pipeline.calibration import Reliability
 from pipeline.config import Config
@@ -30,7 +30,6 @@ from pipeline.metrics import (
     auc,
     fit_operating_points,
     judge,
-    log_loss,
     number_patients,
     precision_recall_curves,
     reliabilities,
@@ -46,6 +45,7 @@ from pipeline.metrics import (
 )
 from pipeline.progress import Progress
 from pipeline.results import ALONE, Slices, TrainedFold, check_one_dealing, gather, have_alone, read_fold
+from pipeline.shortcut import predict_levels, score_balanced, score_headers, shortcut_statistics
 from pipeline.store import Store
 
 PADDED_HU = -1100.0
@@ -72,9 +72,6 @@ OPERATING_RULE = (
 
 Drawn = dict[str, dict[str, Floats]]
 """Figures by name, float64 [D] each, of each statistic."""
-
-Ranking = tuple[Scored, npt.NDArray[np.bool_], npt.NDArray[Any]]
-"""Rows, which of them, and what those are ranked by."""
 
 Strata = dict[str, dict[str, npt.NDArray[np.bool_]]]
 """By name and part: which of the store's studies, bool [S]."""
@@ -155,12 +152,17 @@ def _score_all(
 ) -> dict[str, Any]:
     """The network's scores, the baselines' and the strata's, all with intervals from the same draws."""
     counts_N, detail = _count(store, where_N2)
-    headers_SL = _predict_from_headers(store, levels["study"])
-    strata = name_strata(store) | _header_thirds(store, levels["study"], headers_SL)
-    drawn = _draw(levels, judged, config, others=_others(levels, judged, counts_N, headers_SL, strata))
+    headers = predict_levels(store, levels, where_N2)
+    strata = name_strata(store) | _header_thirds(store, levels["study"], headers["study"])
+    patients = _patients(levels)
+    others = _others(levels["slice"], judged["slice"][ANY], counts_N, strata, patients=patients)
+    others |= shortcut_statistics(levels, headers, patients=patients)
+    drawn = _draw(levels, judged, config, others=others)
     metrics = _metrics(levels, judged, drawn, config) | {
         "counting": _counting(levels["slice"], counts_N, detail, drawn),
-        "headers": _score_headers(levels["study"], headers_SL, drawn),
+        "headers": score_headers(levels["study"], headers["study"], drawn, level="study"),
+        "headers_by_slice": score_headers(levels["slice"], headers["slice"], drawn, level="slice"),
+        "balanced": {level: score_balanced(levels[level], headers[level], drawn, level=level) for level in levels},
         "strata": _score_strata(levels["slice"], judged["slice"][ANY], strata, drawn),
     }
     metrics["headline"]["any_auc_above_counting"] = metrics["counting"]["any_auc_above_counting"]
@@ -225,21 +227,23 @@ def _headline_figures(slices: Scored) -> dict[str, Any]:
 
 
 def _draw(
-    levels: dict[str, Scored], judged: dict[str, list[Judged]], config: Config, *, others: dict[str, Ranking]
+    levels: dict[str, Scored], judged: dict[str, list[Judged]], config: Config, *, others: dict[str, Statistic]
 ) -> Drawn:
-    """Every figure in the same resamples of the patients, by level/label/kind or the name of another ranking."""
-    patients, settings = sorted(set(levels["slice"].patient_N.astype(str))), config.evaluate
-    wanted: dict[str, Statistic] = {
+    """Every figure in the same resamples of the patients, by level/label/kind or the name of another statistic."""
+    patients, settings = _patients(levels), config.evaluate
+    wanted = {
         f"{level}/{key}": statistic
         for level, scored in levels.items()
         for key, statistic in statistics(
             scored, judged[level], patients=patients, prevalence=settings.prevalence
         ).items()
     }
-    for key, (scored, rows, probability) in others.items():
-        patient_N = number_patients(scored, patients)[rows]
-        wanted[key] = Ranked(scored.labels_NL[rows, ANY] == 1, probability, patient_N=patient_N)
-    return resample(wanted, patients=len(patients), resamples=settings.bootstrap, seed=settings.seed)
+    return resample(wanted | others, patients=len(patients), resamples=settings.bootstrap, seed=settings.seed)
+
+
+def _patients(levels: dict[str, Scored]) -> list[str]:
+    """Sorted keys of all who may be drawn."""
+    return sorted(set(levels["slice"].patient_N.astype(str)))
 
 
 def _of_level(drawn: Drawn, level: str) -> Drawn:
@@ -247,22 +251,23 @@ def _of_level(drawn: Drawn, level: str) -> Drawn:
 
 
 def _others(
-    levels: dict[str, Scored],
-    judged: dict[str, list[Judged]],
+    slices: Scored,
+    judged: Judged,
     counts_N: npt.NDArray[np.int64] | None,
-    headers_SL: Floats,
     strata: Strata,
-) -> dict[str, Ranking]:
-    """What else is ranked by `any`: the two baselines on all rows, and the network within each stratum."""
-    slices, studies = levels["slice"], levels["study"]
-    known_N, known_S = judged["slice"][ANY].known_N, judged["study"][ANY].known_N
-    found: dict[str, Ranking] = {"headers": (studies, known_S, headers_SL[known_S, ANY])}
+    *,
+    patients: list[str],
+) -> dict[str, Statistic]:
+    """What else is ranked by `any`: the counts on all slices, and the network within each stratum."""
+    truth_N, patient_N, known_N = slices.labels_NL[:, ANY] == 1, number_patients(slices, patients), judged.known_N
+    found: dict[str, Statistic] = {}
     if counts_N is not None:
-        found["counting"] = (slices, known_N, counts_N[known_N])
+        found["counting"] = Ranked(truth_N[known_N], counts_N[known_N], patient_N=patient_N[known_N])
     for name, parts in strata.items():
         for part, inside_S in parts.items():
             rows = known_N & inside_S[slices.study_N]
-            found[f"strata/{name}/{part}"] = (slices, rows, slices.probabilities_NL[rows, ANY])
+            probability = slices.probabilities_NL[rows, ANY]
+            found[f"strata/{name}/{part}"] = Ranked(truth_N[rows], probability, patient_N=patient_N[rows])
     return found
 
 
@@ -273,48 +278,9 @@ def _counting(slices: Scored, counts_N: npt.NDArray[np.int64] | None, detail: st
     above_D = drawn["slice/any/ranks"]["auc"] - drawn["counting"]["auc"]
     return {
         **score_counting(slices, counts_N),
+        "any_auc_ci": interval(drawn["counting"]["auc"]),
         "any_auc_above_counting_ci": interval(above_D),
         "window": detail,
-    }
-
-
-def _predict_from_headers(store: Store, studies: Scored) -> Floats:
-    """What the headers alone say of each held-out study, learnt from all studies of other patients: float64 [S, L].
-
-    A fold's patients are predicted by what was learnt without them, exactly as by the network.
-    """
-    features, truth_SL = header_features(store.per_study), store.labels.max(axis=1)
-    patient_S = store.patient_key.astype(str)
-    found_SL = np.zeros(studies.probabilities_NL.shape)
-    folds = np.unique(studies.fold_N)
-    with Progress(len(folds) * len(LABELS), what="headers", unit="labels") as progress:
-        for fold in folds:
-            here = studies.fold_N == fold
-            predict_S = np.isin(np.arange(len(patient_S)), studies.study_N[here])
-            others_S = ~np.isin(patient_S, patient_S[predict_S])
-            for label in range(len(LABELS)):
-                truth_S = truth_SL[:, label]
-                learn_S = others_S & (truth_S != UNKNOWN)
-                found_SL[here, label] = predict_from_headers(features, truth_S, learn_S=learn_S, predict_S=predict_S)
-                progress.advance()
-    return found_SL
-
-
-def _score_headers(studies: Scored, headers_SL: Floats, drawn: Drawn) -> dict[str, Any]:
-    """The header classifier's AUC and log loss by study, and how far the network lies above it."""
-    by_label = {
-        name: auc(truth, headers_SL[known_S, label])
-        for label, name in enumerate(LABELS)
-        for known_S, truth, _ in [studies.of(label)]
-    }
-    known_S, truth, probability = studies.of(ANY)
-    network, alone = auc(truth, probability), by_label["any"]
-    return {
-        "auc": by_label,
-        "any_auc_ci": interval(drawn["headers"]["auc"]),
-        "any_log_loss": log_loss(truth, headers_SL[known_S, ANY]),
-        "any_auc_above_headers": None if network is None or alone is None else network - alone,
-        "any_auc_above_headers_ci": interval(drawn["study/any/ranks"]["auc"] - drawn["headers"]["auc"]),
     }
 
 

@@ -7,7 +7,17 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from pipeline.baseline import HEADER_VALUES, Counter, counter_for, header_features, predict_from_headers
+from pipeline.baseline import (
+    HEADER_VALUES,
+    SMALLEST_LEAF,
+    Counter,
+    balance_bins,
+    balance_weights,
+    counter_for,
+    header_features,
+    place_features,
+    predict_from_headers,
+)
 from pipeline.config import Window
 
 WINDOWS = {
@@ -134,7 +144,7 @@ def test_headers_that_give_the_answer_away_are_read() -> None:
     padding = np.where((truth == 1) ^ wrong, -1024.0, -3024.0)  # as in RSNA's data: padded studies bleed less often
     features = header_features(made_headers(lowest_hu=padding, tilt_deg=rng.normal(10, 5, STUDIES)))
     learn = np.arange(STUDIES) < 200
-    said = predict_from_headers(features, truth, learn_S=learn, predict_S=~learn)
+    said = predict_from_headers(features, truth, learn_R=learn, predict=~learn)
     assert roc_auc_score(truth[~learn], said) == pytest.approx(0.8, abs=0.08), "of a fifth the header lies"
 
 
@@ -144,7 +154,7 @@ def test_headers_that_say_nothing_reach_chance() -> None:
     for _ in range(5):
         truth = (rng.random(STUDIES) < 0.4).astype(np.int8)
         features = header_features(made_headers(tilt_deg=rng.normal(10, 5, STUDIES)))
-        said = predict_from_headers(features, truth, learn_S=learn, predict_S=~learn)
+        said = predict_from_headers(features, truth, learn_R=learn, predict=~learn)
         aucs.append(roc_auc_score(truth[~learn], said))
     assert np.mean(aucs) == pytest.approx(0.5, abs=0.08)
 
@@ -154,8 +164,8 @@ def test_what_is_known_of_the_predicted_studies_does_not_reach_their_predictions
     truth = (rng.random(STUDIES) < 0.4).astype(np.int8)
     features = header_features(made_headers(tilt_deg=rng.normal(10, 5, STUDIES)))
     learn = np.arange(STUDIES) < 300
-    one = predict_from_headers(features, truth, learn_S=learn, predict_S=~learn)
-    other = predict_from_headers(features, np.where(learn, truth, 1 - truth), learn_S=learn, predict_S=~learn)
+    one = predict_from_headers(features, truth, learn_R=learn, predict=~learn)
+    other = predict_from_headers(features, np.where(learn, truth, 1 - truth), learn_R=learn, predict=~learn)
     np.testing.assert_array_equal(one, other)
 
 
@@ -163,11 +173,11 @@ def test_headers_that_lack_a_value_or_all_agree_are_survived() -> None:
     assert header_features(made_headers(thickness_mm=np.nan)).shape == (STUDIES, 0)
     truth = (np.arange(STUDIES) % 4 == 0).astype(np.int8)
     learn = np.arange(STUDIES) < 200
-    alike = predict_from_headers(header_features(made_headers()), truth, learn_S=learn, predict_S=~learn)
+    alike = predict_from_headers(header_features(made_headers()), truth, learn_R=learn, predict=~learn)
     assert set(alike) == {0.25}
     half = header_features(made_headers(thickness_mm=np.where(truth == 1, np.nan, 5.0)))
     assert half.shape == (STUDIES, 1)
-    said = predict_from_headers(half, truth, learn_S=learn, predict_S=~learn)
+    said = predict_from_headers(half, truth, learn_R=learn, predict=~learn)
     assert said[truth[~learn] == 1].min() > said[truth[~learn] == 0].max()
 
 
@@ -176,4 +186,56 @@ def test_headers_of_one_class_only_give_its_share() -> None:
     learn = np.arange(STUDIES) < 200
     for value in (0, 1):
         truth = np.full(STUDIES, value, np.int8)
-        assert set(predict_from_headers(features, truth, learn_S=learn, predict_S=~learn)) == {value}
+        assert set(predict_from_headers(features, truth, learn_R=learn, predict=~learn)) == {value}
+
+
+def test_place_of_a_slice_is_counted_from_both_ends_of_its_study() -> None:
+    position = np.array([[10, 15, 21, np.nan], [-40, -37, -34, -31]], np.float32)
+    slices = np.array([[0, 0], [0, 1], [0, 2], [1, 3]])
+    nan = np.nan
+    expected = [  # position, above the lowest, below the highest, to the neighbour below and above, share of the study
+        [10, 0, 11, nan, 5, 0],
+        [15, 5, 6, 5, 6, 0.5],
+        [21, 11, 0, 6, nan, 1],
+        [-31, 9, 0, 3, nan, 1],
+    ]
+    np.testing.assert_allclose(place_features(position, np.array([3, 4]), slices), expected)
+    alone = place_features(np.array([[3.0], [3.0]]), np.array([1, 1]), np.array([[0, 0], [1, 0]]))
+    assert alone.shape == (2, 0), "studies of one slice at one place tell nothing"
+
+
+def test_leaves_of_slices_hold_as_many_studies_as_leaves_of_studies() -> None:
+    """Slices alike within their study are no more than the study is: from too few studies nothing is learnt."""
+    for studies, learns in ((2 * SMALLEST_LEAF - 1, False), (3 * SMALLEST_LEAF, True)):
+        bleeds = np.arange(studies) % 3 == 0
+        tilt = np.repeat(bleeds.astype(float), 10)
+        learn = np.ones(10 * studies, bool)
+        said = predict_from_headers(
+            tilt[:, None], np.repeat(bleeds, 10).astype(np.int8), learn_R=learn, predict=learn, rows_a_study=10
+        )
+        assert (np.ptp(said) > 0) == learns
+
+
+def test_balanced_rows_weigh_the_same_in_every_bin_and_leave_the_score_nothing() -> None:
+    rng = np.random.default_rng(0)
+    score = np.round(rng.normal(0, 1, 6000), 2)  # with ties
+    truth = rng.random(6000) < 1 / (1 + np.exp(2 - 1.5 * score))
+    seen = truth + rng.normal(0, 1, 6000)
+    bins = balance_bins(truth, score)
+    assert bins is not None
+    weights = balance_weights(truth, bins)
+    for one in np.unique(bins):
+        assert weights[(bins == one) & truth].sum() == pytest.approx(weights[(bins == one) & ~truth].sum())
+    assert weights.min() >= 0
+    assert weights.max() <= 1
+    assert roc_auc_score(truth, score) > 0.78
+    assert roc_auc_score(truth, score, sample_weight=weights) == pytest.approx(0.5, abs=0.01)
+    plain, balanced = roc_auc_score(truth, seen), roc_auc_score(truth, seen, sample_weight=weights)
+    assert balanced == pytest.approx(plain, abs=0.02), "what owes the score nothing keeps its skill"
+
+
+def test_too_few_rows_of_a_class_are_not_balanced() -> None:
+    score = np.linspace(0, 1, 100)
+    assert balance_bins(np.arange(100) % 7 == 0, score) is not None, "15 of 100"
+    assert balance_bins(np.arange(100) % 8 == 0, score) is None, "13 of 100"
+    assert balance_bins(np.arange(100) % 8 != 0, score) is None

@@ -179,7 +179,8 @@ def test_stage_writes_metrics_curves_and_report_and_prints_the_scores(
     written = sorted([*files, "unlabelled.parquet", *tables])
     assert sorted(run.outputs()) == written
     metrics = run.metrics()
-    assert {"headline", "held_out", "counting", "headers", "strata", "slice", "study"} == set(metrics)
+    baselines = {"counting", "headers", "headers_by_slice", "balanced"}
+    assert {"headline", "held_out", "strata", "slice", "study", *baselines} == set(metrics)
     for word in (*LABELS, "macro", "weighted log loss", "counting baseline", str(run.report / "report.html")):
         assert word in done.out
     main(argparse.Namespace(params=run.params, data=run.data, show=True))
@@ -585,14 +586,20 @@ def test_headers_that_know_the_label_are_found_out(cohort: Cohort, monkeypatch: 
     network = run.metrics()["study"]["any"]["auc"]
     assert seeing["any_auc_above_headers"] == pytest.approx(network - 1, abs=1e-6)
     assert blind["any_auc_above_headers"] == pytest.approx(network - blind["auc"]["any"], abs=1e-5)
+    by_slice = metrics["headers_by_slice"]
+    assert by_slice["auc"]["any"] == 1.0, "and where in the study a slice lies tells the rest"
+    assert metrics["balanced"]["slice"]["any"]["positives"] < 5, "no row is left to compare"
 
 
 def test_headers_are_not_learnt_from_the_patients_that_they_predict(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """No two studies have one tilt here: whoever has seen a study knows it again, and nobody else learns anything."""
     monkeypatch.setattr("pipeline.baseline.SMALLEST_LEAF", 1)
-    headers = run.evaluate()["headers"]
+    metrics = run.evaluate()
+    headers = metrics["headers"]
     assert headers["auc"]["any"] < 0.8
     assert headers["any_log_loss"] > 0.5
+    by_place_alone = (2 / 3 + 1) / 2  # of the free slices, two thirds lie where no slice bleeds
+    assert metrics["headers_by_slice"]["auc"]["any"] < by_place_alone + 0.05
 
 
 def test_gallery_names_what_is_labelled(run: Run) -> None:
