@@ -39,7 +39,9 @@ def render_card(
     """
     held_out, stored = metrics["held_out"], flow.found.parts[-1] if flow else None
     return open_template(TEMPLATE, escape=False).render(
-        **{key: metrics[key] for key in ("slice", "study", "counting", "headers", "strata", "held_out")},
+        **{key: metrics[key] for key in ("slice", "study", "counting", "headers", "headers_by_slice", "balanced")},
+        strata=metrics["strata"],
+        held_out=held_out,
         labels=LABELS,
         is_phantom=config.source.is_phantom,
         several=len(held_out["folds"]) > 1,

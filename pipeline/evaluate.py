@@ -70,6 +70,9 @@ OPERATING_RULE = (
 )
 """Stands in operating_points.json, for whoever reads it without this code."""
 
+HEADLINE_CALLS = ("sensitivity", "specificity", "ppv_at_prevalence")
+"""Of studies with any hemorrhage: what a ward would notice."""
+
 Drawn = dict[str, dict[str, Floats]]
 """Figures by name, float64 [D] each, of each statistic."""
 
@@ -166,6 +169,7 @@ def _score_all(
         "strata": _score_strata(levels["slice"], judged["slice"][ANY], strata, drawn),
     }
     metrics["headline"]["any_auc_above_counting"] = metrics["counting"]["any_auc_above_counting"]
+    metrics["headline"]["any_auc_balanced"] = metrics["balanced"]["slice"]["any"]["network"]
     return metrics
 
 
@@ -199,6 +203,8 @@ def _metrics(
             "slice_macro_auc": scores["slice"]["macro"]["auc"],
             "weighted_log_loss": scores["slice"]["weighted_log_loss"],
             "base_rate_weighted_log_loss": scores["slice"]["base_rate_weighted_log_loss"],
+            "any_ece": scores["slice"]["any"]["ece"],
+            **{f"study_any_{name}": scores["study"]["any"][name] for name in HEADLINE_CALLS},
         },
         "held_out": {
             "folds": sorted(config.train.folds),

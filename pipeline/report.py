@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 from markupsafe import Markup
 
+from pipeline.baseline import LEAST_BINS, LEAST_IN_BIN
 from pipeline.calibration import Reliability
 from pipeline.charts import Axis, Band, Line, chart
 from pipeline.config import Config, Window
@@ -222,6 +223,7 @@ def render_report(
         short=SHORT,
         accounting=_accounting(accounting),
         one_class=ONE_CLASS,
+        least_balanced=LEAST_BINS * LEAST_IN_BIN,
         windows=windows,
         flow=flow,
         flow_svg=Markup(draw_flow(flow)) if flow else None,
@@ -288,8 +290,7 @@ def describe(metrics: dict[str, Any]) -> str:
             f"predicting the base rates scores {figure(slices['base_rate_weighted_log_loss'])}; "
             f"after temperature scaling {figure(slices['weighted_log_loss_scaled'])}",
             _describe_counting(metrics["counting"]),
-            f"headers alone       any AUC {figure(metrics['headers']['auc']['any'])} by study; the network is "
-            f"{signed(metrics['headers']['any_auc_above_headers'])} above it",
+            *_describe_headers(metrics),
             *_describe_alone(metrics.get("without_sequence")),
             f"[95 % CI]           {held_out['resamples']:,} resamples of the patients",
         ]
@@ -312,6 +313,16 @@ def _describe_label(figures: dict[str, Any], label: str) -> str:
 
 def _brackets(ends: Sequence[float] | None) -> str:
     return "[–]" if ends is None else f"[{figure(ends[0])}, {figure(ends[1])}]"
+
+
+def _describe_headers(metrics: dict[str, Any]) -> list[str]:
+    by_slice, by_study, balanced = metrics["headers_by_slice"], metrics["headers"], metrics["balanced"]["slice"]["any"]
+    return [
+        f"headers alone       any AUC {figure(by_slice['auc']['any'])} by slice, {figure(by_study['auc']['any'])} by study; "
+        f"the network is {signed(by_slice['any_auc_above_headers'])} and {signed(by_study['any_auc_above_headers'])} above it",
+        f"balanced by headers any AUC {figure(balanced['network'])} {_brackets(balanced['network_ci'])} by slice, "
+        f"where headers alone reach {figure(balanced['headers'])}",
+    ]
 
 
 def _describe_alone(alone: dict[str, Any] | None) -> list[str]:

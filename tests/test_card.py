@@ -78,6 +78,8 @@ def test_no_figure_stands_there_that_the_metrics_do_not_hold(run: Run) -> None:
     assert (
         f"Weighted log loss, the RSNA 2019 challenge's metric: {shown(metrics['slice'], 'weighted_log_loss')}" in card
     )
+    balanced = metrics["balanced"]["slice"]["any"]
+    assert f"(they then reach {balanced['headers']:.3f}), the model reaches {shown(balanced, 'network')}." in card
     assert (
         f"{metrics['held_out']['labelled_slices']} labelled slices of 16 studies of 16 patients (folds 0, 1 of 2)"
         in card

@@ -602,6 +602,33 @@ def test_headers_are_not_learnt_from_the_patients_that_they_predict(run: Run, mo
     assert metrics["headers_by_slice"]["auc"]["any"] < by_place_alone + 0.05
 
 
+def test_page_and_terminal_show_the_headers_beside_the_network(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = run.evaluate()
+    said, page = capsys.readouterr().out, (run.report / "report.html").read_text()
+    rows = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr>.*?</tr>", page, re.DOTALL)]
+    balanced, names = metrics["balanced"]["slice"], [*LABELS]
+    assert balanced["any"]["headers"] == 0.5, "too few studies to learn from: the headers tell nothing"
+    expected = {
+        "headers, by slice": [metrics["headers_by_slice"]["auc"][name] for name in names],
+        "headers, by study": [metrics["headers"]["auc"][name] for name in names],
+    }
+    for title, figures in expected.items():
+        row = next(row for row in rows if row[:3] == title.split())
+        kept = [word for word in row[3:] if word != "to"][: len(names)]
+        assert kept == [f"{one:.3f}" for one in figures]
+    compared = (
+        "–"
+        if balanced[name]["positives"] is None
+        else f"{balanced[name]['positives']} of {metrics['slice'][name]['positives']}"
+        for name in names
+    )
+    assert f"positives compared {' '.join(compared)}" in [" ".join(row) for row in rows]
+    low, high = balanced["any"]["network_ci"]
+    network = f"{balanced['any']['network']:.3f}"
+    assert f"balanced by headers any AUC {network} [{low:.3f}, {high:.3f}] by slice" in said
+    assert f'{network}<br><span class="ci">{low:.3f} to {high:.3f}</span>' in page
+
+
 def test_gallery_names_what_is_labelled(run: Run) -> None:
     done = evaluate(run.config, run.store, train=run.data / "train")
     assert {picture.kind for picture in done.pictures} <= {"found", "missed", "false_alarm", "rightly_free"}
