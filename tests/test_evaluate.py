@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn.metrics
+import yaml
 from markupsafe import escape
 
 from pipeline.calibration import fit_temperature, scale
@@ -26,7 +27,7 @@ from pipeline.report import PUBLISHED
 from pipeline.shard import build_shard, encode_chunk
 from pipeline.store import STUDY_ARRAYS, Store, StoreContent, slice_axis, write_store
 from stages.evaluate import main
-from tests.conftest import Cohort, Ran
+from tests.conftest import ROOT, Cohort, Ran
 from tests.test_baseline import WINDOWS, disk, head_hu, windowed
 
 SIZE = 64
@@ -358,6 +359,25 @@ def test_operating_points_are_fitted_on_all_held_out_predictions_and_say_on_whic
 
 def recall(truth: np.ndarray, called: np.ndarray) -> float:
     return float(sklearn.metrics.recall_score(truth, called))
+
+
+def test_plots_of_dvc_draw_columns_that_are_written(run: Run) -> None:
+    """`dvc plots diff` draws nothing, or mixes the labels, where a template asks for a column that isn't there."""
+    run.evaluate()
+    plots = [one for one in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] if "data/live/curves" not in one]
+    drawn = set()
+    for plot in (settings for one in plots for settings in one.values()):
+        ((path, up),) = plot["y"].items()
+        table = pd.read_csv(run.report / Path(path).name)
+        template = (ROOT / ".dvc" / "plots" / f"{plot['template']}.json").read_text()
+        named = set(re.findall(r"datum\.(\w+)", template)) - {"rev"}
+        assert {plot["x"], up} | named <= set(table)
+        fields = set(re.findall(r'"field": "(\w+)"', template)) - set(re.findall(r'"as": "(\w+)"', template))
+        assert fields - {"rev", "at"} <= set(table)
+        if "label" in table:
+            assert json.loads(template)["facet"]["field"] == "label"
+        drawn.add(Path(path).name)
+    assert drawn == {path.name for path in run.report.glob("*.csv")}, "every table of curves has its plot"
 
 
 def test_roc_table_starts_and_ends_in_the_corners(run: Run) -> None:
