@@ -5,6 +5,7 @@ An unknown key, a missing key or a value out of range is refused with the key, t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -319,6 +320,12 @@ def _describe(error: ValidationError) -> list[str]:
             values[key] = fault["input"]
             allowed.setdefault(key, []).append(message)
     return lines + [f"{key} = {values[key]!r}: expected {' or '.join(messages)}" for key, messages in allowed.items()]
+
+
+def without_folders(train: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a training run for others' eyes: the folders on the way to pretrained weights may name a person."""
+    pretrained = train["pretrained"]
+    return {**train, "pretrained": Path(pretrained).name if isinstance(pretrained, str) else pretrained}
 
 
 def differences(found: Any, expected: Any, key: str = "") -> dict[str, tuple[Any, Any]]:

@@ -18,7 +18,7 @@ import pandas as pd
 from pipeline.baseline import counter_for
 from pipeline.bootstrap import Floats, Ranked, Statistic, interval, resample
 from pipeline.calibration import Reliability
-from pipeline.config import Config
+from pipeline.config import Config, without_folders
 from pipeline.gallery import Picture, choose_all, draw_picture
 from pipeline.heat import explain_chosen
 from pipeline.labels import ANY, LABELS, UNKNOWN
@@ -144,7 +144,7 @@ def operating_points(store: Store, folds: Sequence[TrainedFold], judged: dict[st
         "store_digest": store.digest,
         "folds_digest": folds[0].summary["folds_digest"],
         "folds": [result.fold for result in folds],
-        "params": folds[0].summary["params"],
+        "params": without_folders(folds[0].summary["params"]),
         "rule": OPERATING_RULE,
         **{level: fit_operating_points(found) for level, found in judged.items()},
     }

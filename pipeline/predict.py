@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from pipeline.cluster import run_tasks
-from pipeline.config import Config, SequenceConfig, Source
+from pipeline.config import Config, SequenceConfig, Source, without_folders
 from pipeline.contrast import read_contrast
 from pipeline.convert import SliceReader, StudyResult, StudyTask, count_parts, make_shards, shard_path
 from pipeline.device import choose_precision
@@ -224,7 +224,7 @@ def identify(model: Model) -> dict[str, Any]:
         "store_digest": model.folds[0].origin["store_digest"],
         "folds_digest": "+".join(digests) or None,  # of several dealings: no evaluation has them
         "folds": sorted(fold.fold for fold in model.folds),
-        "params": model.params,
+        "params": without_folders(model.params),
     }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import Config, differences
+from pipeline.config import Config, differences, without_folders
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,14 +62,11 @@ def describe_making(config: Config) -> Provenance:
 
 def shaping(config: Config) -> dict[str, Any]:
     """The parameters that shaped the result; where the studies lie, and the patients' salt, stay out."""
-    pretrained = config.train.pretrained
-    if isinstance(pretrained, str):
-        pretrained = Path(pretrained).name  # the folders on the way to it may name a person
     return {
         "index": config.index.model_dump(include={"series"}),
         "preprocess": config.preprocess.model_dump(include={"image_size", "crop", "windows"}),
         "folds": config.folds.model_dump(),
-        "train": {"folds": config.train.folds, **config.train.shaping(), "pretrained": pretrained},
+        "train": {"folds": config.train.folds, **without_folders(config.train.shaping())},
         "evaluate": config.evaluate.model_dump(),
     }
 

@@ -73,7 +73,9 @@ def _write(arguments: argparse.Namespace) -> None:
     card = render_card(config, store, metrics=done.metrics, summaries=summaries, flow=flow)
     folder = arguments.data / "report"
     write_json(folder / "metrics.json", done.metrics)
-    write_json(folder / "headline.json", done.metrics["headline"])
+    # without what the data cannot give: DVC passes over null, and would show fewer figures than the file has
+    headline = {name: value for name, value in done.metrics["headline"].items() if value is not None}
+    write_json(folder / "headline.json", headline)
     write_json(folder / "operating_points.json", done.operating_points)
     write_parquet(folder / "unlabelled.parquet", average_folds(done.folds))
     tables = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,9 @@ SIGNED_16 = StoredForm(bits=16, signed=True, explicit=False)
 
 def pytest_configure() -> None:
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    # A shell's background jobs ignore Ctrl-C, and so would every stage that a test starts and interrupts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass

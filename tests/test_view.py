@@ -551,7 +551,10 @@ def test_the_door_prints_an_address_and_ctrl_c_ends_it(store: Store) -> None:
         assert line.endswith("/#study=2&slice=4&heat=subdural\n")
         assert b"<title>Ichor viewer</title>" in get(line.split()[-1])
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=PATIENCE_S)
+        fuse = threading.Timer(PATIENCE_S, process.kill)
+        fuse.start()
+        _, said = process.communicate()
+        fuse.cancel()
     assert process.returncode == 130
     assert "Traceback" not in said
 
