@@ -29,7 +29,7 @@ test: setup ## Run the checks and the tests
 	ruff check .
 	ruff format --check .
 	mypy
-	python -m pytest --numprocesses auto --dist loadfile
+	python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: setup ## Mend what ruff can mend, then check style and types
 	ruff check --fix .

@@ -35,6 +35,15 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONG_FILES = ("test_pipeline", "test_experiments", "test_trainer", "test_benchmarks", "test_survival", "test_fuzz")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: one that is left for the end has a worker wait for it, alone, for a minute."""
+    order = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @dataclass
 class Cohort:
     """Made-up studies on disk, and parameters that point at them."""
