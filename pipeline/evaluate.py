@@ -28,6 +28,7 @@ from pipeline.metrics import (
     PrecisionRecall,
     Scored,
     auc,
+    average_roc_curves,
     fit_operating_points,
     judge,
     number_patients,
@@ -123,7 +124,10 @@ def evaluate(config: Config, store: Store, *, train: Path) -> Evaluation:
     pictures, without_heat = _pictures(config, store, slices, where_N2, train=train)
     return Evaluation(
         rounded(metrics),
-        {level: [thin(curve) for curve in roc_curves(scored)] for level, scored in levels.items()},
+        {
+            level: [thin(curve) for curve in [*roc_curves(scored), *average_roc_curves(scored)]]
+            for level, scored in levels.items()
+        },
         {level: precision_recall_curves(scored) for level, scored in levels.items()},
         {level: reliabilities(found) for level, found in judged.items()},
         operating_points(store, folds, judged),

@@ -29,6 +29,9 @@ CURVE_POINTS = 200
 
 ALL_FOLDS = "all"
 
+MICRO, MACRO = "micro average", "macro average"
+"""Stand for a label where a curve is an average over all of them."""
+
 WHOLE = "whole"
 """Stands for a label where a figure is of all labels at once."""
 
@@ -547,6 +550,28 @@ def roc_curves(scored: Scored) -> list[Curve]:
             if has_both(truth[here]):
                 curves.append(Curve(name, fold, *roc_curve(truth[here], probability[here])))
     return curves
+
+
+def average_roc_curves(scored: Scored) -> list[Curve]:
+    """The micro average, all labels' rows ranked together, and the macro average, the labels' mean sensitivity at equal specificity
+    (Fawcett 2006), over the labels that have both classes. Nothing where none has."""
+    of_labels = [curve for curve in roc_curves(scored) if curve.fold == ALL_FOLDS]
+    if not of_labels:
+        return []
+    known_NL = scored.labels_NL != UNKNOWN
+    micro = Curve(MICRO, ALL_FOLDS, *roc_curve(scored.labels_NL[known_NL] == 1, scored.probabilities_NL[known_NL]))
+    fpr = np.unique(np.concatenate([curve.fpr for curve in of_labels]))
+    tpr = np.mean([_steps_at(curve, fpr) for curve in of_labels], axis=0)
+    return [micro, Curve(MACRO, ALL_FOLDS, np.repeat(fpr, 2), tpr, np.full(2 * len(fpr), np.nan))]
+
+
+def _steps_at(curve: Curve, fpr: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """A curve's sensitivity below and above its step at each 1 − specificity, float64 [2 · points]: so the area stays its own."""
+    first, last = np.searchsorted(curve.fpr, fpr, "left"), np.searchsorted(curve.fpr, fpr, "right") - 1
+    between = np.interp(fpr, curve.fpr, curve.tpr)
+    below = np.where(first <= last, curve.tpr[np.minimum(first, len(curve.tpr) - 1)], between)
+    above = np.where(first <= last, curve.tpr[last], between)
+    return np.stack([below, above], axis=1).ravel()
 
 
 def thin(curve: Curve, points: int = CURVE_POINTS) -> Curve:

@@ -24,7 +24,7 @@ from pipeline.flow import Flow, draw_flow
 from pipeline.gallery import KINDS, LEAST_SURE, SUREST, Picture
 from pipeline.labels import LABELS, SUBTYPES
 from pipeline.manifest import EXCLUDED, REASONS, REPAIRED, USED
-from pipeline.metrics import ALL_FOLDS, SPECIFICITIES, Curve, PrecisionRecall
+from pipeline.metrics import ALL_FOLDS, MACRO, MICRO, SPECIFICITIES, Curve, PrecisionRecall
 from pipeline.provenance import Provenance
 from pipeline.sheet import SHORT
 
@@ -342,11 +342,11 @@ def _describe_counting(counting: dict[str, Any]) -> str:
 
 
 def _roc_panels(metrics: dict[str, Any], curves: dict[str, list[Curve]]) -> list[dict[str, Any]]:
-    """One panel a label: each fold's slice curve thin, their mean and spread, the studies' and all slices' on top."""
+    """One panel a label, then the averages: each fold's slice curve thin, their mean and spread, the studies' and all slices' on top."""
     panels = []
-    for label in LABELS:
+    for label in (*LABELS, MICRO, MACRO):
         of_level = {level: [curve for curve in found if curve.label == label] for level, found in curves.items()}
-        aucs = {level: metrics[level][label]["auc"] for level in of_level}
+        aucs = {level: _ranking(metrics[level], label) for level in of_level}
         single = [curve for curve in of_level["slice"] if curve.fold != ALL_FOLDS]
         lines = [Line(curve.fpr, curve.tpr, "fold", f"slices, fold {curve.fold}") for curve in single]
         for level, name in (("study", "studies"), ("slice", "slices")):
@@ -362,10 +362,18 @@ def _roc_panels(metrics: dict[str, Any], curves: dict[str, list[Curve]]) -> list
             diagonal=True,
             bands=_spread(single),
         )
-        by_fold = [auc for auc in metrics["slice"][label]["auc_by_fold"].values() if auc is not None]
+        of_folds = metrics["slice"].get(label, {}).get("auc_by_fold", {})  # the averages have none
+        by_fold = [auc for auc in of_folds.values() if auc is not None]
         spread = {"mean": float(np.mean(by_fold)), "sd": float(np.std(by_fold, ddof=1))} if len(by_fold) > 1 else None
         panels.append({"label": label, "svg": Markup(svg), "spread": spread, **aucs})
     return panels
+
+
+def _ranking(of_level: dict[str, Any], label: str) -> float | None:
+    """The ROC AUC of a label, or of an average over all labels."""
+    found: float | None
+    found = of_level["micro_auc"] if label == MICRO else of_level["macro" if label == MACRO else label]["auc"]
+    return found
 
 
 def _spread(single: Sequence[Curve]) -> list[Band]:

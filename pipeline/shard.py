@@ -22,10 +22,11 @@ SLOTS = 64
 """Slice slots of a shard. Fixed, so that one long study does not change the shape of every other shard; a study with more
 slices takes several shards. An empty slot costs 16 bytes."""
 
-LEVEL = -2
-"""Of zstd; below 0 are its quick ones. Measured at 256² × 3 windows, on a phantom and a real head: 0.184 and 0.239 of the raw bytes,
-encoded in 0.33 and 0.35 ms, decoded in 0.12 both. Level 1 keeps 0.183 and 0.233, in 0.39 and 0.43 ms, decoded in 0.13 and 0.15; level
-−3 0.197 and 0.251. Blosc around it adds nothing where there is no shuffle, and in blocks of its own size costs more of all three."""
+LEVEL = -1
+"""Of zstd; below 0 are its quick ones. Measured at 256² × 3 windows, on a phantom and a real head: 0.181 and 0.234 of the raw bytes,
+encoded in 0.35 and 0.37 ms, decoded in 0.12 both. Level 1 keeps as much, in 0.39 and 0.43 ms, decoded in 0.13 and 0.15; level −3
+keeps 0.197 and 0.251 in 0.31 and 0.32. Blosc around it adds nothing where there is no shuffle, and in blocks of its own size costs
+more of all three."""
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 

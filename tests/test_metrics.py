@@ -19,6 +19,7 @@ from pipeline.metrics import (
     Curve,
     Judged,
     Scored,
+    average_roc_curves,
     base_rates,
     decide,
     fit_operating_points,
@@ -524,6 +525,19 @@ def test_roc_curves_equal_scikit_learns_and_come_one_a_fold() -> None:
     for found, wanted in zip((whole.fpr, whole.tpr, whole.threshold), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
     assert {curve.fold for curve in roc_curves(make_scored(folds=1))} == {"all"}
+
+
+def test_average_curves_have_the_areas_of_the_average_aucs() -> None:
+    scored = make_scored(folds=2)
+    micro, macro = average_roc_curves(scored)
+    known_NL = scored.labels_NL != -1
+    expected: Any = sklearn.metrics.roc_curve(scored.labels_NL[known_NL], scored.probabilities_NL[known_NL])
+    np.testing.assert_array_equal(micro.tpr, expected[1])
+    figures = score(scored)
+    assert sklearn.metrics.auc(micro.fpr, micro.tpr) == pytest.approx(figures["micro_auc"], abs=1e-12)
+    assert sklearn.metrics.auc(macro.fpr, macro.tpr) == pytest.approx(figures["macro"]["auc"], abs=1e-12)
+    assert (macro.fpr[0], macro.tpr[0], macro.fpr[-1], macro.tpr[-1]) == (0, 0, 1, 1)
+    assert (np.diff(macro.tpr) >= 0).all()
 
 
 def test_thinned_curve_keeps_its_ends_and_its_area() -> None:
