@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench prune clean
+.PHONY: help setup run test test-long lint bench prune clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,10 @@ test: setup ## Run the checks and the tests
 	ruff check .
 	ruff format --check .
 	mypy
-	python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not long"
+
+test-long: setup ## Run the few tests that take a minute each (DVC's experiments), which make test leaves out
+	python -m pytest --numprocesses auto --dist loadfile -m long
 
 lint: setup ## Mend what ruff can mend, then check style and types
 	ruff check --fix .

@@ -35,7 +35,7 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LONG_FILES = ("test_pipeline", "test_experiments", "test_trainer", "test_benchmarks", "test_survival", "test_fuzz")
+LONG_FILES = ("test_pipeline", "test_trainer", "test_benchmarks", "test_survival", "test_fuzz")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

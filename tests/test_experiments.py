@@ -24,6 +24,8 @@ SMALL: dict[str, Any] = {
 
 RATES = {0.001, 0.004, 0.016}
 
+pytestmark = pytest.mark.long
+
 STAGES = ["phantom", "index", "preprocess", "train", "evaluate"]
 
 
