@@ -27,12 +27,12 @@ from PIL import Image, ImageDraw, ImageFont
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, CTImageStorage, generate_uid
 
+from pipeline.answer import SliceFile, Study
 from pipeline.errors import SourceError
 from pipeline.files import written_whole
 from pipeline.header import read_quietly
 from pipeline.labels import ANY, LABELS, SUBTYPES
 from pipeline.operating import CALIBRATED
-from pipeline.predict import SliceFile, Study
 from pipeline.sheet import BACKGROUND, INK, POSITIVE, QUIET, blend_heat
 from pipeline.source import ChangedError, Place, read_whole
 from pipeline.trained import Model

@@ -19,28 +19,27 @@ from pipeline.baseline import counter_for
 from pipeline.bootstrap import Floats, Ranked, Statistic, interval, resample
 from pipeline.calibration import Reliability
 from pipeline.config import Config, without_folders
-from pipeline.gallery import Picture, choose_all, draw_picture
-from pipeline.heat import explain_chosen
-from pipeline.labels import ANY, LABELS, UNKNOWN
-from pipeline.metrics import (
+from pipeline.curves import (
     Curve,
-    Judged,
     PrecisionRecall,
-    Scored,
-    auc,
     average_roc_curves,
-    fit_operating_points,
-    judge,
-    number_patients,
     precision_recall_curves,
     reliabilities,
     roc_curves,
+    thin,
+)
+from pipeline.gallery import Picture, choose_all, draw_picture
+from pipeline.heat import explain_chosen
+from pipeline.held_out import Judged, Scored, fit_operating_points, judge, to_studies
+from pipeline.labels import ANY, LABELS, UNKNOWN
+from pipeline.metrics import (
+    DECIMALS,
+    auc,
+    number_patients,
     score,
     score_counting,
     score_stratum,
     statistics,
-    thin,
-    to_studies,
     weighted_log_loss,
     with_intervals,
 )
@@ -59,9 +58,6 @@ STEPS = {
     "num_slices": ("slices in the study", (30, 40), ""),
 }
 """Of the strata: name, where one ends and the next begins, unit."""
-
-DECIMALS = 6
-"""Of the figures in metrics.json: more than any cohort supports, few enough to read."""
 
 OPERATING_RULE = (
     "The log odds of a probability are divided by the temperature; a label is called where the probability after that is at "
@@ -361,49 +357,6 @@ def _pictures(
     heats, faults = explain_chosen(config, store, chosen, slices, where_N2, train=train)
     pictures = [draw_picture(store, one, slices, where_N2, heats.get((one.row, one.label))) for one in chosen]
     return pictures, faults
-
-
-def curve_table(curves: dict[str, list[Curve]]) -> pd.DataFrame:
-    """The ROC curves as rows: level, label, fold (a number, or "all"), fpr, tpr."""
-    rows = [
-        pd.DataFrame({"level": level, "label": curve.label, "fold": curve.fold, "fpr": curve.fpr, "tpr": curve.tpr})
-        for level, of_level in curves.items()
-        for curve in of_level
-    ]
-    empty = pd.DataFrame(columns=["level", "label", "fold", "fpr", "tpr"])
-    return pd.concat(rows, ignore_index=True).round(DECIMALS) if rows else empty
-
-
-def precision_recall_table(curves: dict[str, list[PrecisionRecall]]) -> pd.DataFrame:
-    """The precision-recall curves as rows: level, label, recall, precision."""
-    rows = [
-        pd.DataFrame({"level": level, "label": curve.label, "recall": curve.recall, "precision": curve.precision})
-        for level, of_level in curves.items()
-        for curve in of_level
-    ]
-    empty = pd.DataFrame(columns=["level", "label", "recall", "precision"])
-    return pd.concat(rows, ignore_index=True).round(DECIMALS) if rows else empty
-
-
-def reliability_table(found: dict[str, dict[str, tuple[Reliability, Reliability | None]]]) -> pd.DataFrame:
-    """The reliability diagrams as rows: level, label, probabilities (predicted, scaled), rows, predicted, observed."""
-    tables = [
-        pd.DataFrame(
-            {
-                "level": level,
-                "label": label,
-                "probabilities": name,
-                "rows": one.rows,
-                "predicted": one.predicted,
-                "observed": one.observed,
-            }
-        )
-        for level, of_level in found.items()
-        for label, pair in of_level.items()
-        for name, one in zip(("predicted", "scaled"), pair, strict=True)
-        if one is not None
-    ]
-    return pd.concat(tables, ignore_index=True).round(DECIMALS)
 
 
 def training_table(folds: Sequence[TrainedFold]) -> pd.DataFrame:

@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.held_out import Bools, Scored, decide
 from pipeline.labels import ANY, LABELS, SUBTYPES
-from pipeline.metrics import Bools, Scored, decide
 from pipeline.sheet import SHORT, blend_heat
 from pipeline.store import Store
 

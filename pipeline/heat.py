@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pipeline.config import Config, differences
 from pipeline.errors import CheckpointError, IchorError
 from pipeline.gallery import Chosen
-from pipeline.metrics import Scored
+from pipeline.held_out import Scored
 from pipeline.store import Store
 
 if TYPE_CHECKING:

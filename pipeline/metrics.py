@@ -8,29 +8,23 @@ figure. A figure that the data cannot give (one class only, too few positive pat
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from pipeline.bootstrap import AtPrevalence, Gaps, Ranked, Ratios, Statistic, interval, pivotal_interval
-from pipeline.calibration import Reliability, find_bins, fit_temperature, reliability, scale
+from pipeline.calibration import find_bins, reliability
+from pipeline.held_out import Bools, Floats, Judged, Scored, has_both
 from pipeline.labels import ANY, LABEL_WEIGHTS, LABELS, UNKNOWN
+
+DECIMALS = 6
+"""Of figures that are written: more than any cohort supports, few enough to read."""
 
 SMALLEST_PROBABILITY = 1e-15
 """The challenge clips probabilities here; in float32 one minus it would be one, so the sums are made in float64."""
-
-CURVE_POINTS = 200
-"""Points of a thinned ROC curve: neighbours then lie 0.01 apart, less than a line's width in any figure."""
-
-ALL_FOLDS = "all"
-
-MICRO, MACRO = "micro average", "macro average"
-"""Stand for a label where a curve is an average over all of them."""
 
 WHOLE = "whole"
 """Stands for a label where a figure is of all labels at once."""
@@ -45,103 +39,6 @@ RATES = ("sensitivity", "specificity", "ppv", "npv", "f1", "accuracy")
 
 CALIBRATION_ERRORS = ("ece", "ece_scaled")
 """Too high by chance, never too low; their intervals allow for it."""
-
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Held-out rows: what is known, what was predicted, and whose they are."""
-
-    labels_NL: npt.NDArray[np.int8]
-    """1, 0, −1 unknown."""
-    probabilities_NL: Floats
-    study_N: npt.NDArray[np.int64]
-    patient_N: npt.NDArray[Any]
-    """Patient keys, str."""
-    fold_N: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.study_N)
-
-    def of(self, label: int) -> tuple[Bools, Bools, Floats]:
-        """One label: which rows know it, bool [N]; and of those the truth and the probability, [known]."""
-        known_N = self.labels_NL[:, label] != UNKNOWN
-        return known_N, self.labels_NL[known_N, label] == 1, self.probabilities_NL[known_N, label]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A ROC curve: a row is called positive where its probability is at least the threshold."""
-
-    label: str
-    fold: str
-    """A fold's number, or "all"."""
-    fpr: Floats
-    tpr: Floats
-    threshold: Floats
-
-
-@dataclass(frozen=True)
-class PrecisionRecall:
-    """A precision-recall curve, from recall 0 to 1."""
-
-    label: str
-    recall: Floats
-    precision: Floats
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """Calls made at thresholds that were chosen on other rows."""
-
-    called: Bools
-    """bool [known]"""
-    thresholds: tuple[float, ...]
-    """One for each group of rows, chosen on all the other groups."""
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """Probabilities after temperature scaling, by temperatures that were fitted on other rows."""
-
-    probability: Floats
-    """float64 [known]"""
-    temperatures: tuple[float, ...]
-    """One for each group of rows, fitted on all the other groups."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One label's known rows with all that is fitted on other rows; made once, for the figures, intervals and pictures."""
-
-    label: int
-    known_N: Bools
-    truth: Bools
-    probability: Floats
-    decisions: Decisions | None
-    scaled: Scaled | None
-
-
-def to_studies(slices: Scored) -> Scored:
-    """One row a study: its probability is the highest of its slices, its label the highest that is known of them."""
-    study, first, row = np.unique(slices.study_N, return_index=True, return_inverse=True)
-    labels_NL = np.full((len(study), slices.labels_NL.shape[1]), UNKNOWN, np.int8)
-    probabilities_NL = np.zeros((len(study), slices.labels_NL.shape[1]))
-    np.maximum.at(labels_NL, row, slices.labels_NL)
-    np.maximum.at(probabilities_NL, row, slices.probabilities_NL)
-    return Scored(labels_NL, probabilities_NL, study, slices.patient_N[first], slices.fold_N[first])
-
-
-def judge(scored: Scored) -> list[Judged]:
-    """Every label's known rows, called and scaled."""
-    return [judge_label(scored, label) for label in range(len(LABELS))]
-
-
-def judge_label(scored: Scored, label: int) -> Judged:
-    """One label's known rows, called and scaled."""
-    return Judged(label, *scored.of(label), decide(scored, label), scale_label(scored, label))
 
 
 def score(scored: Scored, judged: Sequence[Judged], *, prevalence: float) -> dict[str, Any]:
@@ -401,11 +298,6 @@ def _macro(by_label: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"labels": len(found["auc"]), **means}
 
 
-def has_both(truth: Bools) -> bool:
-    """Whether there are positives and negatives, without which no ROC curve exists."""
-    return bool(truth.any() and not truth.all())
-
-
 def auc(truth: Bools, probability: npt.NDArray[Any], weights: Floats | None = None) -> float | None:
     """Area under the ROC curve, of rows that may weigh; None with one class only, or if none of a class weighs anything."""
     if weights is not None:
@@ -454,158 +346,6 @@ def base_rates(labels_NL: npt.NDArray[np.int8]) -> Floats:
     known_NL = labels_NL != UNKNOWN
     rates_L = (labels_NL == 1).sum(axis=0) / np.maximum(known_NL.sum(axis=0), 1)
     return np.broadcast_to(rates_L, labels_NL.shape).astype(np.float64)
-
-
-def decide(scored: Scored, label: int) -> Decisions | None:
-    """Call each row at a threshold chosen (Youden's J) on other patients' rows.
-
-    With several folds a fold's threshold comes from the other folds; with one, from the other half of the patients.
-
-    Returns:
-        The calls, or None if some group's other rows lack a class, so that they have no threshold to give.
-    """
-    _, truth, probability = scored.of(label)
-    called = np.zeros(len(truth), bool)
-    thresholds = []
-    for here in _held_out_groups(scored, label):
-        thresholds.append(youden_threshold(truth[~here], probability[~here]))
-        called[here] = probability[here] >= thresholds[-1]
-    return Decisions(called, tuple(thresholds)) if thresholds else None
-
-
-def scale_label(scored: Scored, label: int) -> Scaled | None:
-    """Scale each row by a temperature fitted on other patients' rows, grouped as for `decide`; None as there."""
-    _, truth, probability = scored.of(label)
-    after = np.zeros(len(truth))
-    temperatures = []
-    for here in _held_out_groups(scored, label):
-        temperatures.append(fit_temperature(truth[~here], probability[~here]))
-        after[here] = scale(probability[here], temperatures[-1])
-    return Scaled(after, tuple(temperatures)) if temperatures else None
-
-
-def _held_out_groups(scored: Scored, label: int) -> list[Bools]:
-    """The groups of the label's known rows, bool [known] each; none if the rows outside one of them lack a class."""
-    known_N, truth, _ = scored.of(label)
-    if not has_both(truth):
-        return []
-    group = _groups(truth, scored.patient_N[known_N], scored.fold_N[known_N])
-    groups = [group == one for one in np.unique(group)]
-    return groups if all(has_both(truth[~here]) for here in groups) else []
-
-
-def fit_operating_points(judged: Sequence[Judged]) -> dict[str, dict[str, Any]]:
-    """For new rows: by label the temperature and, on the probability after scaling by it, the threshold, fitted on all rows.
-
-    Both rules are those of the cross-fitted figures, which alone are scores: what is fitted on all rows cannot be scored on them.
-    A label without cross-fitted calls has neither, since nobody could say what they are worth.
-    """
-    return {LABELS[one.label]: _fit_operating_point(one) for one in judged}
-
-
-def _fit_operating_point(judged: Judged) -> dict[str, Any]:
-    truth, temperature, threshold = judged.truth, None, None
-    if judged.decisions is not None:
-        temperature = fit_temperature(truth, judged.probability)
-        threshold = youden_threshold(truth, scale(judged.probability, temperature))
-    counts = {"positives": int(truth.sum()), "negatives": int((~truth).sum())}
-    return {"temperature": temperature, "threshold": threshold, **counts}
-
-
-def youden_threshold(truth: Bools, probability: Floats) -> float:
-    """The threshold with the highest sensitivity + specificity; halfway to the next lower probability.
-
-    Every threshold between two neighbouring probabilities is as good here; the middle is the least tuned to these rows.
-    """
-    fpr, tpr, threshold = roc_curve(truth, probability, drop_intermediate=False)
-    best = 1 + int(np.argmax((tpr - fpr)[1:]))  # the first point, at infinity, calls nothing positive
-    lower = threshold[min(best + 1, len(threshold) - 1)]
-    return float((threshold[best] + lower) / 2)
-
-
-def _groups(truth: Bools, patient: npt.NDArray[Any], fold: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The folds, if there are several; else two halves of the patients, with half of the positive ones in each."""
-    if len(np.unique(fold)) > 1:
-        return fold
-    keys, row = np.unique(patient.astype(str), return_inverse=True)
-    is_positive = np.zeros(len(keys), bool)
-    np.logical_or.at(is_positive, row, truth)
-    drawn = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
-    order = sorted(range(len(keys)), key=lambda patient: (not is_positive[patient], drawn[patient]))
-    half = np.empty(len(keys), np.int64)
-    half[order] = np.arange(len(keys)) % 2
-    return half[row]
-
-
-def roc_curves(scored: Scored) -> list[Curve]:
-    """For each label that has both classes: the curve of all rows, then one a fold if there are several."""
-    folds = np.unique(scored.fold_N)
-    curves = []
-    for label, name in enumerate(LABELS):
-        known_N, truth, probability = scored.of(label)
-        subsets = {ALL_FOLDS: np.ones(len(truth), bool)}
-        if len(folds) > 1:
-            subsets.update({str(fold): scored.fold_N[known_N] == fold for fold in folds})
-        for fold, here in subsets.items():
-            if has_both(truth[here]):
-                curves.append(Curve(name, fold, *roc_curve(truth[here], probability[here])))
-    return curves
-
-
-def average_roc_curves(scored: Scored) -> list[Curve]:
-    """The micro average, all labels' rows ranked together, and the macro average, the labels' mean sensitivity at equal specificity
-    (Fawcett 2006), over the labels that have both classes. Nothing where none has."""
-    of_labels = [curve for curve in roc_curves(scored) if curve.fold == ALL_FOLDS]
-    if not of_labels:
-        return []
-    known_NL = scored.labels_NL != UNKNOWN
-    micro = Curve(MICRO, ALL_FOLDS, *roc_curve(scored.labels_NL[known_NL] == 1, scored.probabilities_NL[known_NL]))
-    fpr = np.unique(np.concatenate([curve.fpr for curve in of_labels]))
-    tpr = np.mean([_steps_at(curve, fpr) for curve in of_labels], axis=0)
-    return [micro, Curve(MACRO, ALL_FOLDS, np.repeat(fpr, 2), tpr, np.full(2 * len(fpr), np.nan))]
-
-
-def _steps_at(curve: Curve, fpr: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """A curve's sensitivity below and above its step at each 1 − specificity, float64 [2 · points]: so the area stays its own."""
-    first, last = np.searchsorted(curve.fpr, fpr, "left"), np.searchsorted(curve.fpr, fpr, "right") - 1
-    between = np.interp(fpr, curve.fpr, curve.tpr)
-    below = np.where(first <= last, curve.tpr[np.minimum(first, len(curve.tpr) - 1)], between)
-    above = np.where(first <= last, curve.tpr[last], between)
-    return np.stack([below, above], axis=1).ravel()
-
-
-def thin(curve: Curve, points: int = CURVE_POINTS) -> Curve:
-    """At most `points` of a curve's own points, evenly spread along its length, both ends among them."""
-    if len(curve.fpr) <= points:
-        return curve
-    walked = curve.fpr + curve.tpr  # both only grow, so that this is the way along the staircase
-    kept = np.unique(np.searchsorted(walked, np.linspace(0, walked[-1], points - 1)))
-    kept = np.union1d(kept, [0, len(walked) - 1])
-    return Curve(curve.label, curve.fold, curve.fpr[kept], curve.tpr[kept], curve.threshold[kept])
-
-
-def precision_recall_curves(scored: Scored, points: int = CURVE_POINTS) -> list[PrecisionRecall]:
-    """For each label that has both classes: at most `points` of the curve's own, evenly spread in recall."""
-    curves = []
-    for label, name in enumerate(LABELS):
-        _, truth, probability = scored.of(label)
-        if has_both(truth):
-            precision, recall, _ = precision_recall_curve(truth, probability)
-            precision, recall = precision[::-1], recall[::-1]
-            kept = np.unique(np.searchsorted(recall, np.linspace(0, 1, points)))
-            curves.append(PrecisionRecall(name, recall[kept], precision[kept]))
-    return curves
-
-
-def reliabilities(judged: Sequence[Judged]) -> dict[str, tuple[Reliability, Reliability | None]]:
-    """By label: reliability as predicted, and after temperature scaling."""
-    return {
-        LABELS[one.label]: (
-            reliability(one.truth, one.probability),
-            reliability(one.truth, one.scaled.probability) if one.scaled else None,
-        )
-        for one in judged
-    }
 
 
 def score_stratum(scored: Scored, judged: Judged, inside_N: Bools) -> dict[str, Any]:

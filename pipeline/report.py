@@ -20,11 +20,12 @@ from pipeline.baseline import LEAST_BINS, LEAST_IN_BIN
 from pipeline.calibration import Reliability
 from pipeline.charts import Axis, Band, Line, chart
 from pipeline.config import Config, Window
+from pipeline.curves import ALL_FOLDS, MACRO, MICRO, Curve, PrecisionRecall
 from pipeline.flow import Flow, draw_flow
 from pipeline.gallery import KINDS, LEAST_SURE, SUREST, Picture
 from pipeline.labels import LABELS, SUBTYPES
 from pipeline.manifest import EXCLUDED, REASONS, REPAIRED, USED
-from pipeline.metrics import ALL_FOLDS, MACRO, MICRO, SPECIFICITIES, Curve, PrecisionRecall
+from pipeline.metrics import SPECIFICITIES
 from pipeline.provenance import Provenance
 from pipeline.sheet import SHORT
 
@@ -341,6 +342,11 @@ def _describe_counting(counting: dict[str, Any]) -> str:
     return f"counting baseline   any AUC {figure(counting['any_auc'])} by slice; the network is {above:+.3f} above it"
 
 
+def _square(lines: Sequence[Line], words: str, *, x: str, y: str, **more: Any) -> Markup:
+    """A chart of one rate over another."""
+    return Markup(chart(lines, describe=words, x=Axis(x, 0, 1), y=Axis(y, 0, 1), size=ROC_SIZE, **more))
+
+
 def _roc_panels(metrics: dict[str, Any], curves: dict[str, list[Curve]]) -> list[dict[str, Any]]:
     """One panel a label, then the averages: each fold's slice curve thin, their mean and spread, the studies' and all slices' on top."""
     panels = []
@@ -353,19 +359,11 @@ def _roc_panels(metrics: dict[str, Any], curves: dict[str, list[Curve]]) -> list
             whole = [curve for curve in of_level[level] if curve.fold == ALL_FOLDS]
             lines += [Line(curve.fpr, curve.tpr, name, name) for curve in whole]
         words = f"ROC curve of {label}: AUC {figure(aucs['slice'])} for slices, {figure(aucs['study'])} for studies"
-        svg = chart(
-            lines,
-            describe=words,
-            x=Axis("1 − specificity", 0, 1),
-            y=Axis("sensitivity", 0, 1),
-            size=ROC_SIZE,
-            diagonal=True,
-            bands=_spread(single),
-        )
+        svg = _square(lines, words, x="1 − specificity", y="sensitivity", diagonal=True, bands=_spread(single))
         of_folds = metrics["slice"].get(label, {}).get("auc_by_fold", {})  # the averages have none
         by_fold = [auc for auc in of_folds.values() if auc is not None]
         spread = {"mean": float(np.mean(by_fold)), "sd": float(np.std(by_fold, ddof=1))} if len(by_fold) > 1 else None
-        panels.append({"label": label, "svg": Markup(svg), "spread": spread, **aucs})
+        panels.append({"label": label, "svg": svg, "spread": spread, **aucs})
     return panels
 
 
@@ -403,14 +401,8 @@ def _precision_recall_panels(metrics: dict[str, Any], curves: dict[str, list[Pre
             f"Precision-recall curve of {label}: average precision {figure(found['slice'])} for slices, "
             f"{figure(found['study'])} for studies"
         )
-        svg = chart(
-            lines,
-            describe=words,
-            x=Axis("recall (sensitivity)", 0, 1),
-            y=Axis("precision (PPV)", 0, 1),
-            size=ROC_SIZE,
-        )
-        panels.append({"label": label, "svg": Markup(svg), **found})
+        svg = _square(lines, words, x="recall (sensitivity)", y="precision (PPV)")
+        panels.append({"label": label, "svg": svg, **found})
     return panels
 
 
@@ -436,15 +428,8 @@ def _reliability_panels(
             f"Reliability of {label}, slices: expected calibration error {figure(figures['ece'])}, "
             f"{figure(figures['ece_scaled'])} after scaling"
         )
-        svg = chart(
-            lines,
-            describe=words,
-            x=Axis("predicted probability", 0, 1),
-            y=Axis("share of positives", 0, 1),
-            size=ROC_SIZE,
-            diagonal=True,
-        )
-        panels.append({"label": label, "svg": Markup(svg), **figures})
+        svg = _square(lines, words, x="predicted probability", y="share of positives", diagonal=True)
+        panels.append({"label": label, "svg": svg, **figures})
     return panels
 
 

@@ -18,8 +18,8 @@ import pandas as pd
 
 from pipeline.config import Config, differences
 from pipeline.errors import CheckpointError, StoreError
+from pipeline.held_out import Scored
 from pipeline.labels import LABELS, UNKNOWN
-from pipeline.metrics import Scored
 from pipeline.store import Store
 
 COLUMNS = ["image_id", "study_uid", "fold", *LABELS]

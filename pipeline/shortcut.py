@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from pipeline.baseline import balance_bins, balance_weights, header_features, place_features, predict_from_headers
 from pipeline.bootstrap import Balanced, Floats, Ranked, Ratios, Statistic, interval
+from pipeline.held_out import Scored
 from pipeline.labels import ANY, LABELS, UNKNOWN
-from pipeline.metrics import Scored, auc, log_loss, losses, number_patients
+from pipeline.metrics import auc, log_loss, losses, number_patients
 from pipeline.progress import Progress
 from pipeline.results import Slices
 from pipeline.store import Store

@@ -28,9 +28,9 @@ import pandas as pd
 from pipeline.errors import CheckpointError, DamageError, IchorError, SourceError
 from pipeline.gallery import UNDECIDED
 from pipeline.heat import HeatMaps
+from pipeline.held_out import Scored, decide, to_studies
 from pipeline.labels import LABELS, UNKNOWN
 from pipeline.manifest import USED
-from pipeline.metrics import Scored, decide, to_studies
 from pipeline.results import (
     COLUMNS,
     TrainedFold,

@@ -11,14 +11,9 @@ import json
 
 from pipeline.card import render_card
 from pipeline.config import load_config
+from pipeline.curves import curve_table, precision_recall_table, reliability_table
 from pipeline.errors import IchorError
-from pipeline.evaluate import (
-    curve_table,
-    evaluate,
-    precision_recall_table,
-    reliability_table,
-    training_table,
-)
+from pipeline.evaluate import evaluate, training_table
 from pipeline.files import write_bytes, write_json, write_parquet
 from pipeline.flow import count_flow
 from pipeline.provenance import describe_making

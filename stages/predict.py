@@ -29,6 +29,17 @@ from pathlib import Path
 
 import torch
 
+from pipeline.answer import (
+    REFUSED,
+    Study,
+    describe_result,
+    explain_marks,
+    read_sample,
+    say,
+    slice_table,
+    study_table,
+    submission,
+)
 from pipeline.config import load_config
 from pipeline.dicom_out import remove_studies, write_study
 from pipeline.errors import ConfigError, IchorError, SourceError
@@ -36,20 +47,7 @@ from pipeline.files import write_bytes, write_json
 from pipeline.labels import ANY, LABELS, SUBTYPES
 from pipeline.manifest import account, describe_account
 from pipeline.operating import OperatingPoints, find_operating_points, read_operating_points, shorten_path
-from pipeline.predict import (
-    REFUSED,
-    Study,
-    describe_result,
-    explain_marks,
-    identify,
-    index_studies,
-    predict_studies,
-    read_sample,
-    say,
-    slice_table,
-    study_table,
-    submission,
-)
+from pipeline.predict import identify, index_studies, predict_studies
 from pipeline.sheet import SHORT
 from pipeline.trained import Model, find_models, read_model
 from stages.common import door

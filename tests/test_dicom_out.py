@@ -32,6 +32,7 @@ from pydicom.uid import (
 
 import pipeline.dicom_out
 import stages.predict
+from pipeline.answer import SliceFile, Study
 from pipeline.config import load_config
 from pipeline.dicom_out import (
     BAND_PX,
@@ -51,7 +52,7 @@ from pipeline.errors import SourceError
 from pipeline.labels import LABELS
 from pipeline.model import build_model
 from pipeline.operating import OperatingPoints, Point
-from pipeline.predict import SliceFile, Study, index_studies, predict_studies
+from pipeline.predict import index_studies, predict_studies
 from pipeline.sheet import blend_heat
 from pipeline.source import Place
 from pipeline.survey import SCOPE

@@ -25,8 +25,8 @@ from pipeline.gallery import (
     png_uri,
 )
 from pipeline.gradcam import explain_slices
+from pipeline.held_out import Scored, decide
 from pipeline.labels import ANY, LABELS, SUBTYPES
-from pipeline.metrics import Scored, decide
 from pipeline.model import build_model
 from pipeline.sheet import blend_heat
 from tests.conftest import Cohort

@@ -13,32 +13,29 @@ import sklearn.metrics
 
 from pipeline.bootstrap import Statistic, draw, interval, resample
 from pipeline.calibration import reliability, scale
-from pipeline.labels import ANY, LABEL_WEIGHTS, LABELS
-from pipeline.metrics import (
-    RATES,
-    Curve,
+from pipeline.curves import Curve, average_roc_curves, precision_recall_curves, reliabilities, roc_curves, thin
+from pipeline.held_out import (
     Judged,
     Scored,
-    average_roc_curves,
-    base_rates,
     decide,
     fit_operating_points,
     judge,
     judge_label,
-    log_loss,
-    precision_recall_curves,
-    reliabilities,
-    roc_curves,
     scale_label,
+    to_studies,
+    youden_threshold,
+)
+from pipeline.labels import ANY, LABEL_WEIGHTS, LABELS
+from pipeline.metrics import (
+    RATES,
+    base_rates,
+    log_loss,
     score_counting,
     sensitivity_at,
     statistics,
-    thin,
     to_prevalence,
-    to_studies,
     weighted_log_loss,
     with_intervals,
-    youden_threshold,
 )
 from pipeline.metrics import score as score_judged
 from pipeline.metrics import score_label as score_judged_label

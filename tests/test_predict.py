@@ -23,34 +23,28 @@ from scipy.special import expit, logit
 
 import stages.predict
 import stages.train
-from pipeline.config import Config, PhantomConfig, Window
-from pipeline.errors import CheckpointError, ConfigError, LabelError, SourceError
-from pipeline.folds import deal_folds, write_folds
-from pipeline.gradcam import explain_slices
-from pipeline.index import build_manifest
-from pipeline.labels import LABELS, SUBTYPES, read_labels
-from pipeline.metrics import Scored, to_studies
-from pipeline.operating import OperatingPoints, Point, read_operating_points
-from pipeline.phantom.cohort import write_cohort
-from pipeline.predict import (
+from pipeline.answer import (
     ANYWAY,
-    MADE_UP,
     PREDICTED,
     REFUSED,
     Study,
-    _sheet_path,
     describe_result,
     explain_marks,
-    identify,
-    index_studies,
-    list_faults,
-    predict_studies,
     say,
-    shows_brain,
     slice_table,
     study_table,
     submission,
 )
+from pipeline.config import Config, PhantomConfig, Window
+from pipeline.errors import CheckpointError, ConfigError, LabelError, SourceError
+from pipeline.folds import deal_folds, write_folds
+from pipeline.gradcam import explain_slices
+from pipeline.held_out import Scored, to_studies
+from pipeline.index import build_manifest
+from pipeline.labels import LABELS, SUBTYPES, read_labels
+from pipeline.operating import OperatingPoints, Point, read_operating_points
+from pipeline.phantom.cohort import write_cohort
+from pipeline.predict import MADE_UP, _sheet_path, identify, index_studies, list_faults, predict_studies, shows_brain
 from pipeline.preprocess import preprocess
 from pipeline.results import average_folds, read_fold
 from pipeline.sheet import MARGIN_PX, POSITIVE, TILE_PX, blend_heat, draw_suspects

@@ -18,13 +18,14 @@ from tests.conftest import ROOT
 LAYERS = [
     ["errors", "labels", "progress", "files", "config", "device", "provenance"],
     ["head", "hounsfield", "kernel", "series", "augment", "loss", "model", "optimise"],
-    ["bootstrap", "calibration", "operating", "metrics", "baseline", "charts"],
+    ["bootstrap", "calibration", "operating", "held_out", "metrics", "curves", "baseline", "charts"],
     ["shard", "reader", "store", "folds", "source", "decoder", "header", "pixels", "manifest", "checkpoint"],
     ["processes", "live", "cluster", "loader", "sequence", "inference", "parts", "flow", "contrast"],
     [
         "survey",
         "trained",
         "gradcam",
+        "answer",
         "sheet",
         "excluded",
         "gallery",
@@ -49,7 +50,7 @@ OWNERS = {
     "albumentations": {"augment"},
     "monai": {"model"},
     "dvclive": {"live"},
-    "sklearn": {"metrics", "baseline"},
+    "sklearn": {"metrics", "baseline", "curves", "held_out"},
     "jinja2": {"report"},
 }
 TORCH = {

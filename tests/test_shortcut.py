@@ -10,8 +10,9 @@ import sklearn.metrics
 
 from pipeline.baseline import balance_bins, balance_weights
 from pipeline.bootstrap import resample
+from pipeline.held_out import Scored, judge, to_studies
 from pipeline.labels import ANY, LABELS
-from pipeline.metrics import Scored, auc, judge, statistics, to_studies
+from pipeline.metrics import auc, statistics
 from pipeline.shortcut import score_balanced, score_headers, shortcut_statistics
 
 PATIENTS, SLICES = 250, 8

@@ -210,7 +210,7 @@ def test_predictions_stand_beside_their_slices(store: Store) -> None:
 
 
 def test_calls_are_those_of_the_evaluation(store: Store) -> None:
-    from pipeline.metrics import Scored, decide
+    from pipeline.held_out import Scored, decide
 
     table = write_fold(store.path.parent, store, fold=0, studies=[0, 1, 2, 3, 4])
     catalogue = catalogue_of(store)
