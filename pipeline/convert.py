@@ -18,22 +18,19 @@ import numpy as np
 
 from pipeline.config import Window
 from pipeline.files import write_bytes
+from pipeline.garbage import is_garbage
 from pipeline.head import Box, find_head
 from pipeline.hounsfield import (
-    AIR_HU,
     WRAP_OFFSET,
-    Converter,
-    Pixels,
-    PixelsHU,
     Stored,
     clear_padding,
     invert,
-    is_garbage,
     is_inverted,
     lowest_hu,
     unwrap,
 )
 from pipeline.pixels import PixelFault, read_stored
+from pipeline.resample import Converter, Pixels, PixelsHU
 from pipeline.series import TRANSPOSED, turn
 from pipeline.shard import SLOTS, build_shard, encode_chunk
 from pipeline.source import Place, Scratch
@@ -196,7 +193,6 @@ class SliceReader:
             intercept=intercept,
             spacing_mm=_spacing(facts),
             box=box,
-            is_padded=lowest < AIR_HU,
         )
         return pixels, lowest, repair if not facts.reason else ""
 

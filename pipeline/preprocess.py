@@ -20,7 +20,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline import convert, decoder, head, header, hounsfield, pixels, series, shard, source
+from pipeline import (
+    compiled,
+    convert,
+    decoder,
+    garbage,
+    head,
+    header,
+    hounsfield,
+    pixels,
+    resample,
+    series,
+    shard,
+    source,
+)
 from pipeline.cluster import run_tasks
 from pipeline.config import Config, PreprocessConfig
 from pipeline.convert import SliceFacts, StudyResult, StudyTask, count_parts, make_shards, shard_path
@@ -42,7 +55,7 @@ from pipeline.source import containers, is_there, open_storage
 from pipeline.store import STUDY_ARRAYS, StoreContent, require_target, send_store, slice_axis, write_store
 
 SLICES_PER_TASK = 256
-"""About a quarter of a second of work: long enough to hide Dask's overhead, short enough to lose little."""
+"""About an eighth of a second of work: long enough to hide Dask's overhead, short enough to lose little."""
 
 STORED_FRACTION = 0.35
 """Share of the raw bytes that a shard may need, for the check of free disk; heads measured 0.17 to 0.25."""
@@ -50,7 +63,7 @@ STORED_FRACTION = 0.35
 METADATA_BYTES = 1_000_000
 """What a small store takes on the disk beside its shards; each study adds less than 1 kB."""
 
-PACKAGES = ("numpy", "scipy", "numcodecs", "opencv-python-headless", "pydicom")
+PACKAGES = ("numpy", "scipy", "zstandard", "numba", "opencv-python-headless", "pydicom")
 DECODERS = ("isal", "python-gdcm", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls")
 """Packages that decide a shard's bytes: another decoder may read what this one could not, or read it otherwise."""
 
@@ -168,7 +181,20 @@ def _study_bounds(slices: pd.DataFrame) -> list[tuple[int, int]]:
 def _code_digest() -> str:
     """Names the code and the libraries that decide a shard's bytes."""
     digest = hashlib.sha256()
-    for module in (convert, decoder, head, header, hounsfield, pixels, series, shard, source):
+    for module in (
+        compiled,
+        convert,
+        decoder,
+        garbage,
+        head,
+        header,
+        hounsfield,
+        pixels,
+        resample,
+        series,
+        shard,
+        source,
+    ):
         digest.update(Path(str(module.__file__)).read_bytes())
     for package in (*PACKAGES, *DECODERS):
         with suppress(PackageNotFoundError):

@@ -22,7 +22,7 @@ from pipeline.config import Config, differences, without_folders
 ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = (
-    "torch", "monai", "numpy", "scipy", "pandas", "scikit-learn", "zarr", "numcodecs", "opencv-python-headless", "albumentations",
+    "torch", "monai", "numpy", "scipy", "pandas", "scikit-learn", "zarr", "zstandard", "numba", "opencv-python-headless", "albumentations",
     "pydicom", "dvc",
 )  # fmt: skip
 """Those that can change a figure; one that is not installed is left out."""

@@ -34,7 +34,7 @@ from pipeline.shard import LEVEL, SLOTS
 FORMAT, FORMAT_VERSION = "ichor-store", 3
 """Raise the version when a store of the old form would be misread."""
 
-PACKAGES = ("zarr", "numcodecs", "numpy", "pydicom", "opencv-python-headless")
+PACKAGES = ("zarr", "zstandard", "numba", "numpy", "pydicom", "opencv-python-headless")
 
 STUDY_ARRAYS: dict[str, tuple[str, str]] = {
     "num_slices": ("int32", "real slices; the rest of the slice axis is not stored"),

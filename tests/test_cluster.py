@@ -213,15 +213,15 @@ def test_late_worker_with_other_code_refuses_and_is_named(scheduler: str, machin
     shutil.copytree(ROOT / "pipeline", other / "pipeline")
     with open(other / "pipeline" / "hounsfield.py", "a") as module:
         module.write("# changed\n")
-    (other / "numcodecs-0.0.1.dist-info").mkdir()
-    (other / "numcodecs-0.0.1.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: numcodecs\nVersion: 0.0.1\n"
+    (other / "zstandard-0.0.1.dist-info").mkdir()
+    (other / "zstandard-0.0.1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: zstandard\nVersion: 0.0.1\n"
     )
     machines.worker(scheduler)
     results = run_tasks(square_slowly, range(1000), workers=0, scheduler=scheduler)
     next(results)
     machines.worker(scheduler, cwd=other, port=port)
-    differing = rf"\(pipeline: \w{{12}} here, \w{{12}} there; numcodecs: {version('numcodecs')} here, 0.0.1 there\)"
+    differing = rf"\(pipeline: \w{{12}} here, \w{{12}} there; zstandard: {version('zstandard')} here, 0.0.1 there\)"
     with pytest.raises(
         IchorError, match=rf"the worker at tcp://127.0.0.1:{port} has other code .*{differing}; give the"
     ):
