@@ -56,6 +56,8 @@ def door(
         add_arguments(parser)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # instead of the one of the imports
     sys.exit(_run(main, arguments, stopped))
 
 

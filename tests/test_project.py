@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -182,6 +183,14 @@ def test_every_door_has_help(door: str) -> None:
     assert done.returncode == 0
     assert f"usage: python -m stages.{door}" in done.stdout
     assert "--params FILE" in done.stdout
+
+
+def test_ctrl_c_while_a_door_still_imports_ends_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "yaml.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "stages.folds"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped before anything began\n")
 
 
 def test_wrong_arguments_and_parameters_end_without_a_traceback(tmp_path: Path) -> None:
