@@ -37,7 +37,7 @@ LOOK_S, NOTICE_S = 1.0, 5.0
 """How often to ask who is there, and how long nobody may be before it is said: a worker that died is back sooner."""
 
 PACKAGES = (
-    "distributed", "numpy", "zstandard", "numba", "opencv-python-headless", "pydicom", "isal", "python-gdcm", "pylibjpeg",
+    "distributed", "numpy", "scipy", "zstandard", "numba", "llvmlite", "opencv-python-headless", "pydicom", "isal", "python-gdcm", "pylibjpeg",
     "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "pillow",
 )  # fmt: skip
 """Packages that decide what a task returns or writes."""

@@ -66,14 +66,14 @@ def _count(
     that have a next one; and those of them that differ from it by more than `noise` on average."""
     rows, columns = stored.shape
     above, others, steps, noisy = 0, 0, 0, 0
-    first, is_first = 0, True
+    first, is_first = np.int64(0), True
     for row in range(0, rows, by_rows):
         has_next = row + 1 < rows
         next_row = row + 1 if has_next else row
-        change = 0
+        change = np.int64(0)
         for column in range(0, columns, by_columns):
-            stored_value = int(stored[row, column])
-            change += abs(int(stored[next_row, column]) - stored_value)
+            stored_value = np.int64(stored[row, column])  # compiled, int() would leave it unsigned, and 16 bits wide
+            change += abs(np.int64(stored[next_row, column]) - stored_value)
             value = stored_value if is_rising else -stored_value
             if value > highest:
                 above += 1

@@ -63,7 +63,7 @@ STORED_FRACTION = 0.35
 METADATA_BYTES = 1_000_000
 """What a small store takes on the disk beside its shards; each study adds less than 1 kB."""
 
-PACKAGES = ("numpy", "scipy", "zstandard", "numba", "opencv-python-headless", "pydicom")
+PACKAGES = ("numpy", "scipy", "zstandard", "numba", "llvmlite", "opencv-python-headless", "pydicom")
 DECODERS = ("isal", "python-gdcm", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls")
 """Packages that decide a shard's bytes: another decoder may read what this one could not, or read it otherwise."""
 

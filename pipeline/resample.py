@@ -93,40 +93,58 @@ class Converter:
             out.fill(air)
             return
         (first_row, end_row, top, height), (first_column, end_column, left, width) = rows, columns
-        source = stored[first_row:end_row, first_column:end_column]
-        lowest, highest = _bounds(source.dtype, air, slope > 0)
+        corner, shape = (first_row, first_column), (end_row - first_row, end_column - first_column)
+        bounds = _bounds(stored.dtype, air, slope > 0)
         if (height, width) == (size, size):
-            self._fill(source, out, lowest, highest)
+            self._fill(stored, corner, shape, bounds, out)
             return
         out.fill(air)
         inside = np.empty((height, width), np.float32)
-        self._fill(source, inside, lowest, highest)
+        self._fill(stored, corner, shape, bounds, inside)
         out[top : top + height, left : left + width] = inside
 
-    def _fill(self, source: Stored, target: PixelsHU, lowest: np.integer, highest: np.integer) -> None:
-        """Resample all of `source` into all of `target`."""
-        (height, width), (rows, columns) = target.shape, source.shape
+    def _fill(
+        self,
+        stored: Stored,
+        corner: tuple[int, int],
+        shape: tuple[int, int],
+        bounds: tuple[np.integer, np.integer],
+        target: PixelsHU,
+    ) -> None:
+        """Resample `shape` rows and columns from `corner` on into all of `target`."""
+        (height, width), (rows, columns) = target.shape, shape
         if rows % height == 0 and rows // height * width == columns:
-            _average(source, rows // height, lowest, highest, target)
+            _average(stored, *corner, rows // height, *bounds, target)
             return
-        if len(self._floats) < source.size:
-            self._floats = np.empty(source.size, np.float32)
-        floats = self._floats[: source.size].reshape(source.shape)
-        _average(source, 1, lowest, highest, floats)
+        if len(self._floats) < rows * columns:
+            self._floats = np.empty(rows * columns, np.float32)
+        floats = self._floats[: rows * columns].reshape(shape)
+        _average(stored, *corner, 1, *bounds, floats)
         how = cv2.INTER_AREA if height <= rows and width <= columns else cv2.INTER_LINEAR
         cv2.resize(floats, (width, height), dst=target, interpolation=how)
 
 
 @compiled
-def _average(stored: Stored, ratio: int, lowest: np.integer, highest: np.integer, out: PixelsHU) -> None:
-    """Means of squares of `ratio` × `ratio` stored values, each first brought between `lowest` and `highest`."""
+def _average(
+    stored: Stored,
+    first_row: int,
+    first_column: int,
+    ratio: int,
+    lowest: np.integer,
+    highest: np.integer,
+    out: PixelsHU,
+) -> None:
+    """Means of squares of `ratio` × `ratio` stored values, each first brought between `lowest` and `highest`.
+
+    The corner is given, not a view from there on: only of a whole array is it known that neighbours lie side by side.
+    """
     height, width = out.shape
     sums = np.empty(width * ratio, np.int32)
     share = np.float32(1.0 / (ratio * ratio))
     for row in range(height):
         sums[:] = 0
-        for line in range(row * ratio, (row + 1) * ratio):
-            values = stored[line]
+        for line in range(first_row + row * ratio, first_row + (row + 1) * ratio):
+            values = stored[line][first_column : first_column + width * ratio]
             for i in range(len(sums)):
                 sums[i] += min(max(values[i], lowest), highest)
         means = out[row]

@@ -62,16 +62,19 @@ def decode_chunk(chunk: bytes, out: npt.NDArray[np.uint8]) -> None:
     packed = chunk[:-CHECKSUM_BYTES]
     if _checksum(packed) != chunk[-CHECKSUM_BYTES:]:
         raise DamageError("its checksum disagrees")
-    try:
-        is_whole = (
-            zstandard.frame_content_size(packed)
-            == out.nbytes
-            == _contexts.decompressor.stream_reader(packed).readinto(out)
-        )
-    except zstandard.ZstdError:
-        is_whole = False
-    if not is_whole:
+    if not _unpack(packed, out):
         raise DamageError("it does not hold one slice")
+
+
+def _unpack(packed: bytes, out: npt.NDArray[np.uint8]) -> bool:
+    """Fill `out`; whether it was filled, and nothing was left over."""
+    try:
+        if zstandard.frame_content_size(packed) != out.nbytes:
+            return False
+        reader = _contexts.decompressor.stream_reader(packed, read_across_frames=True)
+        return reader.readinto(out) == out.nbytes and not reader.read(1)
+    except zstandard.ZstdError:
+        return False
 
 
 def build_shard(chunks: Sequence[bytes]) -> bytes:

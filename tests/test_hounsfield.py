@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.garbage import is_garbage
+from pipeline.garbage import _count, is_garbage
 from pipeline.hounsfield import clear_padding, invert, is_inverted, is_wrapped, unwrap
 
 
@@ -42,12 +42,33 @@ def test_head_is_no_garbage_with_padding_and_with_metal() -> None:
     assert not is_garbage(pixels_hu // 2, slope=2, intercept=0)
 
 
+STORED = [("int16", 1, 0), ("int16", -1, 0), ("uint16", 1, -32768), ("uint16", -1, 32767)]
+"""Type, slope and intercept."""
+
+
+def as_stored(pixels_hu: np.ndarray, kind: str, slope: int, intercept: int) -> np.ndarray:
+    limits = np.iinfo(kind)
+    return ((pixels_hu.astype(int) - intercept) * slope).clip(limits.min, limits.max).astype(kind)
+
+
+@pytest.mark.parametrize(("kind", "slope", "intercept"), STORED)
 @pytest.mark.parametrize(("low", "high"), [(-32768, 32767), (-1024, 3071), (-30000, -1200), (5000, 9000)])
-def test_half_noise_is_garbage(low: int, high: int) -> None:
+def test_half_noise_is_garbage(low: int, high: int, kind: str, slope: int, intercept: int) -> None:
     pixels_hu = head_like()
+    assert not is_garbage(as_stored(pixels_hu, kind, slope, intercept), slope=slope, intercept=intercept)
     pixels_hu[128:] = np.random.default_rng(0).integers(low, high, (128, 256))
-    assert is_garbage(pixels_hu, slope=1, intercept=0)
-    assert is_garbage((-pixels_hu.astype(int)).clip(-32768, 32767).astype(np.int16), slope=-1, intercept=0)
+    assert is_garbage(as_stored(pixels_hu, kind, slope, intercept), slope=slope, intercept=intercept)
+
+
+@pytest.mark.parametrize(("kind", "slope", "intercept"), STORED)
+def test_compiled_or_not_a_sample_counts_the_same(kind: str, slope: int, intercept: int) -> None:
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1), (64, 64), (65, 300), (200, 33)):
+        pixels_hu = rng.normal(-1000, 3000, shape)
+        pixels_hu[rng.random(shape) < 0.4] = rng.choice([-32768, -3024, 32767])
+        stored = as_stored(pixels_hu, kind, slope, intercept)
+        arguments = (2, 3, slope > 0, -1100.0 - intercept, 4096.0 - intercept, 400.0)
+        assert _count(stored, *arguments) == _count.__wrapped__(stored.astype(int), *arguments)
 
 
 @pytest.mark.parametrize("kind", ["uint16", "int16"])

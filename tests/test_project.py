@@ -117,6 +117,12 @@ def test_imports_only_point_down() -> None:
                 assert other == top or place[other] < place[top], f"{module} imports {other}, which is above it"
 
 
+def test_the_readme_lists_every_module_in_this_order() -> None:
+    tree = (ROOT / "README.md").read_text().split("\npipeline/ ")[1].split("\n  phantom/ ")[0]
+    listed = re.findall(r"(?:^|  )(\w+)\.py ", tree, re.MULTILINE)
+    assert listed == [name for names in LAYERS for name in names if name != "phantom"]
+
+
 @pytest.mark.parametrize("library", sorted(OWNERS))
 def test_each_heavy_library_has_one_owner(library: str) -> None:
     users = {
@@ -237,6 +243,16 @@ def test_everything_is_pinned_once_and_installed_so() -> None:
             assert version(name) == expected, name
         except PackageNotFoundError:
             continue  # needed on other systems only
+
+
+def test_what_a_pin_needs_is_pinned_too() -> None:
+    from importlib.metadata import requires
+
+    pins = pinned("requirements.txt") | pinned("constraints.txt")
+    always = [line for name in pinned("requirements.txt") for line in requires(name) or () if ";" not in line]
+    needed = {re.split(r"[^A-Za-z0-9_.-]", line)[0].lower().replace("_", "-").replace(".", "-") for line in always}
+    assert {"llvmlite", "scipy"} <= needed
+    assert needed <= {name.replace(".", "-") for name in pins} | {"setuptools"}, "which comes with every environment"
 
 
 def test_every_import_is_a_direct_requirement() -> None:

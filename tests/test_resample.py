@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import cv2
-import numba
 import numpy as np
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_rescale, apply_windowing
 
-from pipeline.compiled import compiled
 from pipeline.config import Window
 from pipeline.head import Box
 from pipeline.resample import COARSE_SIZE, Converter
@@ -160,11 +156,3 @@ def test_rescale_does_not_overflow_16_bits() -> None:
     stored = np.array([[30000, 32767], [-32768, 100]], np.int16)
     bone = {"bone": Window(centre=1000, width=2000)}
     assert convert(stored, bone, slope=2, intercept=20000).ravel().tolist() == [255, 255, 0, 255]
-
-
-def test_loop_runs_where_nothing_that_was_compiled_can_be_kept() -> None:
-    space: dict[str, Callable[[int], int]] = {}
-    exec(compile("def double(number):\n    return 2 * number", "<nowhere>", "exec"), space)
-    with pytest.raises(RuntimeError, match="cannot cache"):
-        numba.njit(cache=True)(space["double"])
-    assert compiled(space["double"])(21) == 42

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from numcodecs import blosc
+from numcodecs import blosc, zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from pipeline.errors import DamageError, StoreError
@@ -137,7 +137,22 @@ def test_chunk_comes_back_and_only_into_its_own_size(shape: tuple[int, int, int]
             decode_chunk(chunk, other)
 
 
-@pytest.mark.parametrize("packed", [b"", b"\x28\xb5\x2f\xfd", b"abc" * 99, blosc.compress(bytes(192), b"zstd", 1)])
+WHOLE = bytes(zstd.compress(bytes(192), LEVEL))
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        b"",
+        WHOLE[:4],
+        WHOLE[:-1],
+        WHOLE + b"\0",
+        WHOLE + WHOLE,
+        b"abc" * 99,
+        bytes(zstd.compress(bytes(191), LEVEL)),
+        blosc.compress(bytes(192), b"zstd", 1),
+    ],
+)
 def test_what_is_no_frame_of_ours_is_damage(packed: bytes) -> None:
     checksum = google_crc32c.value(packed).to_bytes(4, "little")
     with pytest.raises(DamageError, match="does not hold one slice"):
