@@ -50,7 +50,7 @@ SLOW = {"preprocess__image_size": 512}
 DOORS = {"index": stages.index, "preprocess": stages.preprocess, "inspect": stages.inspect}
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["tests.test_survival"])
+FORKED.set_forkserver_preload(["tests.test_survival", "tests.warmed"])
 
 
 # ---- running
