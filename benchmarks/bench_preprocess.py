@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,9 +34,9 @@ from pipeline.header import read_headers
 from pipeline.index import build_manifest, read_known_headers
 from pipeline.manifest import kept, write_manifest
 from pipeline.phantom.cohort import write_cohort
+from pipeline.place import Place
 from pipeline.preprocess import SLICES_PER_TASK, Plan
 from pipeline.shard import encode_chunk
-from pipeline.source import Place
 
 COPIES = 20
 
@@ -44,15 +44,12 @@ REAL_HEAD = Path(__file__).resolve().parents[2] / "shared" / "dicom" / "ge-head-
 """A real head CT, measured too where it lies beside the checkout."""
 
 
-def median_ms(function: Callable[[int], Any], count: int, rounds: int) -> float:
-    """Median over rounds of the mean time of a call."""
-    times = []
-    for _ in range(rounds):
-        started_s = time.perf_counter()
-        for number in range(count):
-            function(number)
-        times.append((time.perf_counter() - started_s) / count * 1000)
-    return statistics.median(times)
+def mean_ms(function: Callable[[int], Any], count: int) -> float:
+    """Mean time of a call."""
+    started_s = time.perf_counter()
+    for number in range(count):
+        function(number)
+    return (time.perf_counter() - started_s) / count * 1000
 
 
 def main() -> None:
@@ -88,7 +85,7 @@ def configure(source: Path, image_size: int) -> Config:
 
 def measure_slices(source: Path, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     config = configure(source, arguments.image_size)
-    windows, size, rounds = config.preprocess.windows, arguments.image_size, arguments.rounds
+    windows, size = config.preprocess.windows, arguments.image_size
     manifest, _, _ = build_manifest(config)
     slices = kept(manifest).reset_index(drop=True)
     (folder / "shards").mkdir()
@@ -109,54 +106,66 @@ def measure_slices(source: Path, folder: Path, arguments: argparse.Namespace) ->
         cv2.imencode(".png", np.stack(channels, axis=-1).astype(np.uint8))
 
     count = len(work)
-    ways = {
-        "floor": lambda number: (Path(work[number][0]).read_bytes(), encode_chunk(converted[number])),
-        "ours": lambda number: encode_chunk(reader.read(*work[number])[0]),
-        "plain": plain,
-        "header": lambda number: read_headers(places[number], patient_salt="bench"),
+    copy_series([Path(path) for path, *_ in work], folder)
+    ways: dict[str, Callable[[], float]] = {
+        "floor": lambda: mean_ms(lambda n: (Path(work[n][0]).read_bytes(), encode_chunk(converted[n])), count),
+        "ours": lambda: mean_ms(lambda n: encode_chunk(reader.read(*work[n])[0]), count),
+        "plain": lambda: mean_ms(plain, count),
+        "header": lambda: mean_ms(lambda n: read_headers(places[n], patient_salt="bench"), count),
+        "shards": lambda: measure_shards(tasks, folder / "shards") / count,
+        "dcm2niix": lambda: measure_dcm2niix(folder) / count,
     }
-    ms = {name: median_ms(way, count, rounds) for name, way in ways.items()}
-    ms["shards"] = measure_shards(tasks, folder / "shards", rounds) / count
-    ms["dcm2niix"] = measure_dcm2niix([Path(path) for path, *_ in work], folder, rounds)
+    # in turn, and compared within a round: a shared machine is now quicker, now slower, for all of them
+    rounds = [{name: way() for name, way in ways.items()} for _ in range(arguments.rounds)]
+    median = {name: statistics.median(one[name] for one in rounds) for name in ways}
     print(f"{count} slices of {slices['rows'].iloc[0]}² to {size}² × {len(windows)} windows, one core, warm")
-    for name, value in ms.items():
+    for name, value in median.items():
         print(f"  {name:8s}{value:8.3f} ms a slice")
     encoded = sum(len(encode_chunk(one)) for one in converted)
     return {
-        "ratio_to_floor": round(ms["ours"] / ms["floor"], 2),
-        "ratio_to_plain": round(ms["plain"] / ms["ours"], 2),
-        "ratio_to_dcm2niix": round((ms["header"] + ms["shards"]) / ms["dcm2niix"], 2),
-        "ratio_two_workers": measure_two_workers(tasks, arguments.tasks, folder),
-        "header_ms": round(ms["header"], 3),
+        "ratio_to_floor": median_ratio((one["ours"], one["floor"]) for one in rounds),
+        "ratio_to_plain": median_ratio((one["plain"], one["ours"]) for one in rounds),
+        "ratio_to_dcm2niix": median_ratio((one["header"] + one["shards"], one["dcm2niix"]) for one in rounds),
+        "ratio_two_workers": measure_two_workers(tasks, arguments.tasks, folder / "shards", min(arguments.rounds, 3)),
+        "header_ms": round(median["header"], 3),
         "stored_fraction": round(encoded / sum(one.nbytes for one in converted), 3),
         "slices": count,
         "image_size": size,
     }
 
 
-def measure_shards(tasks: list[StudyTask], shards: Path, rounds: int) -> float:
-    """Milliseconds for all studies, each round into an empty folder, as dcm2niix has one: ext4 waits for the disk where a file is
-    renamed over another."""
-    times = []
+def median_ratio(pairs: Iterable[tuple[float, float]]) -> float:
+    return round(statistics.median(above / below for above, below in pairs), 2)
+
+
+def measure_shards(tasks: list[StudyTask], shards: Path) -> float:
+    """Milliseconds for all studies, into an empty folder, as dcm2niix has one: ext4 waits for the disk where a file is renamed over
+    another."""
+    empty(shards)
     with mock.patch("os.fsync"):
-        for _ in range(rounds):
-            shutil.rmtree(shards)
-            shards.mkdir()
-            times.append(median_ms(lambda number: make_shards([tasks[number]]), len(tasks), 1) * len(tasks))
-    return statistics.median(times)
+        return mean_ms(lambda number: make_shards([tasks[number]]), len(tasks)) * len(tasks)
 
 
-def measure_dcm2niix(paths: list[Path], folder: Path, rounds: int) -> float:
-    """Milliseconds a slice, start of the process excluded: the slope between one and twenty copies of the same series."""
-    program = shutil.which("dcm2niix")
-    if program is None:
-        sys.exit("dcm2niix is not installed; it is a package of Debian and Ubuntu: apt-get install dcm2niix")
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def copy_series(paths: list[Path], folder: Path) -> None:
+    """The same series once, and as twenty different ones."""
     for copy in range(COPIES):
         (folder / "many" / str(copy)).mkdir(parents=True)
         for number, path in enumerate(paths):
             (folder / "many" / str(copy) / f"{number}.dcm").write_bytes(as_another_series(path.read_bytes(), copy))
     (folder / "one").mkdir()
     shutil.copytree(folder / "many" / "0", folder / "one" / "0")
+
+
+def measure_dcm2niix(folder: Path) -> float:
+    """Milliseconds for the series, start of the process excluded: the slope between one and twenty copies of it."""
+    program = shutil.which("dcm2niix")
+    if program is None:
+        sys.exit("dcm2niix is not installed; it is a package of Debian and Ubuntu: apt-get install dcm2niix")
 
     def run(name: str) -> float:
         out = folder / "nii"
@@ -170,9 +179,8 @@ def measure_dcm2niix(paths: list[Path], folder: Path, rounds: int) -> float:
         shutil.rmtree(out)
         return took_s
 
-    taken = [(run("one"), run("many")) for _ in range(rounds)]
-    one_s, many_s = (statistics.median(times) for times in zip(*taken, strict=True))
-    return (many_s - one_s) / (COPIES - 1) / len(paths) * 1000
+    one_s, many_s = run("one"), run("many")
+    return (many_s - one_s) / (COPIES - 1) * 1000
 
 
 def as_another_series(content: bytes, copy: int) -> bytes:
@@ -182,23 +190,22 @@ def as_another_series(content: bytes, copy: int) -> bytes:
     return content[: found.end(1) - 2] + f"{copy:02d}".encode() + content[found.end(1) :]
 
 
-def measure_two_workers(tasks: list[StudyTask], count: int, folder: Path) -> float:
+def measure_two_workers(tasks: list[StudyTask], count: int, shards: Path, rounds: int) -> float:
     """How much faster two Dask workers are than one, from the first result to the last: their start is left out."""
-
     studies = -(-SLICES_PER_TASK // max(len(task.slices) for task in tasks))  # a task, as the stage shares them out
 
-    def rate(workers: int) -> float:
-        def draw() -> Iterator[list[StudyTask]]:
-            for first in range(0, count * studies, studies):
-                numbers = range(first, first + studies)
-                yield [tasks[number % len(tasks)]._replace(fingerprint=f"{workers}-{number}") for number in numbers]
+    def draw() -> Iterator[list[StudyTask]]:
+        for first in range(0, count * studies, studies):
+            numbers = range(first, first + studies)
+            yield [tasks[number % len(tasks)]._replace(fingerprint=f"{number}") for number in numbers]
 
+    def seconds_a_task(workers: int) -> float:
+        empty(shards)
         finished_s = [time.perf_counter() for _ in run_tasks(make_shards, draw(), workers=workers, scheduler=None)]
         skipped = 2 * workers  # the first of each worker imports the code
-        return (len(finished_s) - skipped - 1) / (finished_s[-1] - finished_s[skipped])
+        return (finished_s[-1] - finished_s[skipped]) / (len(finished_s) - skipped - 1)
 
-    one, two = rate(1), rate(2)
-    return round(two / one, 2)
+    return median_ratio([(seconds_a_task(1), seconds_a_task(2)) for _ in range(rounds)])
 
 
 def measure_rescan(folder: Path, files: int, rounds: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pipeline.errors import LabelError
 from pipeline.gradcam import HeatMaps
 from pipeline.labels import HEADER, LABELS
 from pipeline.operating import CALIBRATED, CALLED, OperatingPoints
-from pipeline.source import Place
+from pipeline.place import Place
 from pipeline.survey import SCOPE
 from pipeline.trained import Model
 

@@ -56,8 +56,12 @@ would leave the task waiting for ever. So only the worker that runs it needs our
 
 DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 LOCAL = {"threads_per_worker": 1, "dashboard_address": "127.0.0.1:0", "preload": DEAF}
-"""The preload is for a worker that is started anew after one that died. Dask itself gives each worker one thread a library, a
-MALLOC_TRIM_THRESHOLD_, and its share of the memory, to which it is held."""
+"""The preload is for a worker that is started anew after one that died. Dask itself gives each worker one thread a library, and its
+share of the memory, to which it is held."""
+
+MALLOC = {"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 16 << 20}
+"""Bytes that glibc may keep of freed memory. Dask's 64 kB are less than a slice needs: each would ask for its memory anew, in 23 page
+faults that cost a fifth of its time."""
 
 REMEDY = "finished work is kept; give each worker more memory or start fewer of them, and run the same command again"
 
@@ -212,13 +216,14 @@ class _Window(Generic[Task, Result]):
 def _connect(*, workers: int | str, scheduler: str | None) -> Iterator[Any]:
     """A client of the scheduler at an address, or of a cluster of processes that lives as long as the block."""
     # Imported late: a run in this process needs none of it, and it takes a second.
+    from dask.config import set as configured
     from distributed import Client, LocalCluster
 
     for name in ("distributed", "distributed.client", "tornado", "tornado.application", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what ends well is not news; what fails is raised here
     with ExitStack() as closing:
         if scheduler is None:
-            with _interrupts_ignored():
+            with _interrupts_ignored(), configured(MALLOC):
                 cluster = LocalCluster(n_workers=count_workers(workers), silence_logs=logging.CRITICAL, **LOCAL)
             closing.callback(_close, cluster)
         try:

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 
 from pipeline.errors import SourceError
 from pipeline.header import HEADER_LIMIT_BYTES, read_quietly
-from pipeline.source import Place, read_head
+from pipeline.place import Place, read_head
 
 AGENT, AGENTS = 0x00180010, 0x00180012
 """Contrast/Bolus Agent, and Contrast/Bolus Agent Sequence (PS3.3 C.7.6.4 and C.7.6.4b)."""

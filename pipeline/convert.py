@@ -30,10 +30,10 @@ from pipeline.hounsfield import (
     unwrap,
 )
 from pipeline.pixels import PixelFault, read_stored
+from pipeline.place import Place, Scratch
 from pipeline.resample import Converter, Pixels, PixelsHU
 from pipeline.series import TRANSPOSED, turn
 from pipeline.shard import SLOTS, build_shard, encode_chunk
-from pipeline.source import Place, Scratch
 
 
 class SliceFacts(NamedTuple):

@@ -33,8 +33,8 @@ from pipeline.files import written_whole
 from pipeline.header import read_quietly
 from pipeline.labels import ANY, LABELS, SUBTYPES
 from pipeline.operating import CALIBRATED
+from pipeline.place import ChangedError, Place, read_whole
 from pipeline.sheet import BACKGROUND, INK, POSITIVE, QUIET, blend_heat
-from pipeline.source import ChangedError, Place, read_whole
 from pipeline.trained import Model
 
 NAME = "Ichor"

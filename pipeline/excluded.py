@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.config import Config
 from pipeline.manifest import EXCLUDED, REASONS, read_manifest
+from pipeline.place import Place
 from pipeline.sheet import BACKGROUND, CAPTION_PX, INK, MARGIN_PX, QUIET, TILE_PX
-from pipeline.source import Place, containers
+from pipeline.source import containers
 
 EACH = 8
 """Slices of a reason in the picture, evenly spread over its files."""

@@ -33,13 +33,13 @@ from pydicom.uid import (
 
 from pipeline.errors import SourceError
 from pipeline.kernel import kernel_class
-from pipeline.series import ORIENTATION, PLACE
-from pipeline.source import (
+from pipeline.place import (
     UNREADABLE_METHOD,
     ChangedError,
     Place,
     read_head,
 )
+from pipeline.series import ORIENTATION, PLACE
 
 # RSNA's identifiers are no UIDs: pydicom would warn several times a file, millions of times over the set.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE

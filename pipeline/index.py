@@ -23,6 +23,7 @@ from pipeline.hounsfield import is_wrapped
 from pipeline.labels import LABELS, UNKNOWN, read_labels
 from pipeline.manifest import EXCLUDED, PERHAPS_MENDED, REASONS, SPACINGS, USED, kept
 from pipeline.pixels import PixelFault, read_stored
+from pipeline.place import Place, Scratch
 from pipeline.progress import Progress
 from pipeline.series import (
     ORIENTATION,
@@ -34,7 +35,7 @@ from pipeline.series import (
     measure_tilts,
     normals,
 )
-from pipeline.source import FILE_COLUMNS, IDENTITY, Place, Scratch, containers, find_files
+from pipeline.source import FILE_COLUMNS, IDENTITY, containers, find_files
 
 HEADER_VERSION = "3"
 """Raise it when `read_headers` reads more or otherwise: an older header table is then read anew."""
@@ -359,19 +360,20 @@ def join_labels(manifest: pd.DataFrame, labels: pd.DataFrame | None) -> tuple[pd
     """Add the six label columns, and count what matches: slices with and without labels, labels without a slice."""
     if labels is None:
         labels = pd.DataFrame(columns=list(LABELS), index=pd.Index([], name="image_id", dtype=object))
-    joined = labels.reindex(manifest["image_id"]).fillna(UNKNOWN).astype(np.int8).reset_index(drop=True)
-    manifest = pd.concat([manifest, joined], axis=1)
+    row = labels.index.get_indexer(manifest["image_id"].to_numpy(object))  # −1: no label
+    table = np.vstack([labels.to_numpy(np.int8), np.full(len(LABELS), UNKNOWN, np.int8)])
+    manifest = pd.concat([manifest, pd.DataFrame(table[row], columns=list(LABELS))], axis=1)
     slices = kept(manifest)
     labelled = (slices[list(LABELS)] != UNKNOWN).any(axis=1)
-    of_files = labels.index.isin(manifest["image_id"])
-    of_slices = labels.index.isin(slices["image_id"])
+    of_files, of_slices = np.zeros((2, len(table)), bool)
+    of_files[row] = of_slices[row[slices.index]] = True
     return manifest, {
         "studies": int(slices["study_uid"].nunique()),
         "patients": int(slices["patient_key"].nunique()),
         "slices": len(slices),
         "slices_with_labels": int(labelled.sum()),
         "slices_without_labels": int((~labelled).sum()),
-        "labelled_images_excluded": int((of_files & ~of_slices).sum()),
-        "labelled_images_not_found": int((~of_files).sum()),
+        "labelled_images_excluded": int((of_files & ~of_slices)[:-1].sum()),
+        "labelled_images_not_found": int((~of_files)[:-1].sum()),
         "positive_slices": {name: int((slices[name] == 1).sum()) for name in LABELS},
     }

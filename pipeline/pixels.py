@@ -11,7 +11,7 @@ import pydicom
 
 from pipeline.decoder import DecodeError, decode
 from pipeline.header import ITEM_TAG, NATIVE
-from pipeline.source import ChangedError, DamagedError, Place, Scratch, read_part, read_whole
+from pipeline.place import ChangedError, DamagedError, Place, Scratch, read_part, read_whole
 
 
 class PixelFault(Exception):

@@ -38,13 +38,14 @@ from pipeline.loader import Batch, BatchName, Loader, SliceDataset, name_batches
 from pipeline.manifest import EXCLUDED, REASONS, kept
 from pipeline.operating import CALIBRATED, OperatingPoints
 from pipeline.pixels import PixelFault
+from pipeline.place import Place
 from pipeline.preprocess import SLICES_PER_TASK, Plan
 from pipeline.progress import Progress
 from pipeline.reader import SliceReader as ShardReader
 from pipeline.reader import shard_name
 from pipeline.sequence import StudyFeatures, predict_sequence
 from pipeline.sheet import SHORT, draw_suspects
-from pipeline.source import FILE_COLUMNS, Place, find_files
+from pipeline.source import FILE_COLUMNS, find_files
 from pipeline.survey import SCOPE
 from pipeline.trained import FoldNetworks, Model
 

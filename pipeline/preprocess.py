@@ -29,10 +29,10 @@ from pipeline import (
     header,
     hounsfield,
     pixels,
+    place,
     resample,
     series,
     shard,
-    source,
 )
 from pipeline.cluster import run_tasks
 from pipeline.config import Config, PreprocessConfig
@@ -51,7 +51,8 @@ from pipeline.labels import LABELS, UNKNOWN
 from pipeline.manifest import EXCLUDED, PERHAPS_MENDED, REASONS, account, kept, refuse_too_many_exclusions
 from pipeline.progress import Progress
 from pipeline.series import ORIENTATION, turn_cosines
-from pipeline.source import containers, is_there, open_storage
+from pipeline.source import containers, is_there
+from pipeline.storage import URL, open_storage
 from pipeline.store import STUDY_ARRAYS, StoreContent, require_target, send_store, slice_axis, write_store
 
 SLICES_PER_TASK = 256
@@ -94,7 +95,7 @@ def preprocess(
         SourceError: the source is gone, files changed since `index` read them, or too many could not be used; what is finished
             is kept.
     """
-    if store and not source.URL.match(store):
+    if store and not URL.match(store):
         require_target(store)
     wip = data / "wip" / "shards"
     wip.mkdir(parents=True, exist_ok=True)
@@ -190,10 +191,10 @@ def _code_digest() -> str:
         header,
         hounsfield,
         pixels,
+        place,
         resample,
         series,
         shard,
-        source,
     ):
         digest.update(Path(str(module.__file__)).read_bytes())
     for package in (*PACKAGES, *DECODERS):
@@ -314,7 +315,7 @@ def _publish(
         for study, result in enumerate(alive)
         for part in range(count_parts(sum(result.kept)))
     }
-    url = store if store and source.URL.match(store) else None
+    url = store if store and URL.match(store) else None
     final = Path(store) if store and not url else data / "store.zarr"
     temporary, leftovers = data / "wip" / f"store-{os.getpid()}.zarr", "store-*.zarr"
     if store and not url:  # perhaps on another disk, to which no folder can be moved

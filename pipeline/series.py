@@ -121,8 +121,11 @@ def measure_positions(slices: pd.DataFrame) -> npt.NDArray[np.float64]:
     rounded = cosines.round(3) + 0.0  # −0 is 0
     # a number for each orientation of a series: cheaper than grouping by seven columns
     series = pd.factorize(slices["series_uid"])[0]
-    keys = np.ascontiguousarray(np.column_stack([series, rounded])).view("V56").ravel() if len(slices) else series
-    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    group = series
+    for cosine in rounded.T:
+        codes, values = pd.factorize(cosine)
+        group = pd.factorize(group * len(values) + codes)[0]
+    first = np.flatnonzero(~pd.Series(group).duplicated())
     counts = np.bincount(group)
     table = pd.DataFrame(rounded[first], columns=ORIENTATION).assign(
         series=series[first], fewer=-counts, group=np.arange(len(first))
@@ -164,7 +167,8 @@ def measure_gaps(
     is_hole = np.zeros(len(study), bool)
     # fmax: at the ends there is a neighbour on one side alone; of two slices nobody can tell
     is_hole[places] = wide_mm[1:-1] > HOLE * np.fmax(wide_mm[:-2], wide_mm[2:])
-    return gap_mm, np.select([is_same, is_overlap, is_hole], ["same_position", "overlap", "hole"], "").astype(object)
+    names = np.array(["", "same_position", "overlap", "hole"], object)
+    return gap_mm, names[np.select([is_same, is_overlap, is_hole], [1, 2, 3], 0)]
 
 
 def find_turns(slices: pd.DataFrame) -> npt.NDArray[np.int64]:

@@ -308,7 +308,7 @@ def test_ctrl_c_is_clean_after_a_local_worker_was_started_again(tmp_path: Path) 
 def test_local_worker_gives_memory_back_and_has_one_thread_a_library() -> None:
     ((environment, memory_limit),) = run_tasks(environment_and_memory_limit, [0], workers=2, scheduler=None)
     at_start = environment.split("\0")
-    assert "MALLOC_TRIM_THRESHOLD_=65536" in at_start
+    assert f"MALLOC_TRIM_THRESHOLD_={16 << 20}" in at_start
     assert {"OMP_NUM_THREADS=1", "OPENBLAS_NUM_THREADS=1", "MKL_NUM_THREADS=1"} <= set(at_start)
     assert 0 < memory_limit <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -21,7 +21,8 @@ from pydicom.uid import (
 
 from pipeline.contrast import read_contrast
 from pipeline.errors import SourceError
-from pipeline.source import HEAD_BYTES, Place, find_files
+from pipeline.place import HEAD_BYTES, Place
+from pipeline.source import find_files
 from tests.test_defects import bare, ct, enhanced, in_syntax, item, written
 
 

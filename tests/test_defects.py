@@ -49,8 +49,8 @@ from pipeline.header import read_headers
 from pipeline.index import build_manifest
 from pipeline.manifest import REASONS
 from pipeline.phantom.dicom_writer import StoredForm
+from pipeline.place import HEAD_BYTES, Place, read_head
 from pipeline.preprocess import preprocess
-from pipeline.source import HEAD_BYTES, Place, read_head
 from pipeline.store import Store
 from tests.conftest import REAL_DICOM, ROOT, SIGNED_16, UNSIGNED_12, Cohort
 from tests.test_decoder import change, codestream

@@ -15,7 +15,7 @@ from pipeline.header import Header, read_headers
 from pipeline.index import PIXEL_COLUMNS
 from pipeline.phantom.dicom_writer import StoredForm
 from pipeline.pixels import PixelFault, read_stored
-from pipeline.source import Place, Scratch
+from pipeline.place import Place, Scratch
 from tests.conftest import SIGNED_16, UNSIGNED_12, Cohort
 
 

@@ -52,9 +52,9 @@ from pipeline.errors import SourceError
 from pipeline.labels import LABELS
 from pipeline.model import build_model
 from pipeline.operating import OperatingPoints, Point
+from pipeline.place import Place
 from pipeline.predict import index_studies, predict_studies
 from pipeline.sheet import blend_heat
-from pipeline.source import Place
 from pipeline.survey import SCOPE
 from pipeline.trained import Model, read_model
 from tests.conftest import REAL_DICOM, ROOT, Cohort

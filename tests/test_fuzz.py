@@ -39,8 +39,8 @@ from pipeline.header import NATIVE
 from pipeline.index import PIXEL_COLUMNS, build_manifest
 from pipeline.manifest import kept
 from pipeline.pixels import read_stored
+from pipeline.place import Place, Scratch
 from pipeline.preprocess import preprocess
-from pipeline.source import Place, Scratch
 from pipeline.store import Store
 from pipeline.survey import verify
 from tests.conftest import SIGNED_16, UNSIGNED_12, Cohort

@@ -20,7 +20,8 @@ from pipeline.header import Header
 from pipeline.index import build_manifest
 from pipeline.manifest import EXCLUDED, REASONS, account, kept
 from pipeline.phantom.dicom_writer import StoredForm
-from pipeline.source import Place, find_files
+from pipeline.place import Place
+from pipeline.source import find_files
 from tests.conftest import REAL_DICOM, Cohort
 
 

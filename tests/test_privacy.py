@@ -44,9 +44,9 @@ from pipeline.errors import SourceError
 from pipeline.header import TAGS, read_headers
 from pipeline.index import build_manifest
 from pipeline.manifest import account, kept, write_manifest
+from pipeline.place import Place
 from pipeline.preprocess import preprocess
 from pipeline.sheet import draw_sheet
-from pipeline.source import Place
 from pipeline.store import Store
 from tests.conftest import SIGNED_16, UNSIGNED_12, Cohort, Ran
 

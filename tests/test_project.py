@@ -32,7 +32,7 @@ LAYERS = [
         "optimise",
     ],
     ["bootstrap", "calibration", "operating", "held_out", "metrics", "curves", "baseline", "charts"],
-    ["shard", "reader", "store", "folds", "source", "decoder", "header", "pixels", "manifest", "checkpoint"],
+    ["shard", "reader", "store", "folds", "storage", "place", "source", "decoder", "header", "pixels", "manifest", "checkpoint"],
     ["processes", "live", "cluster", "loader", "sequence", "inference", "parts", "flow", "contrast"],
     [
         "survey",
@@ -57,7 +57,7 @@ OWNERS = {
     "pydicom": {"contrast", "decoder", "dicom_out", "header", "pixels", "phantom.dicom_writer"},
     "highdicom": {"dicom_out"},
     "zarr": {"store"},
-    "dask": set(),
+    "dask": {"cluster"},
     "distributed": {"cluster"},
     "zstandard": {"shard"},
     "numba": {"compiled"},

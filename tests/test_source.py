@@ -35,23 +35,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import pipeline.index
 import pipeline.preprocess
-import pipeline.source
+import pipeline.storage
 from pipeline.errors import IchorError, SourceError, StoreError
 from pipeline.folds import deal_folds
 from pipeline.index import build_manifest
 from pipeline.manifest import EXCLUDED, account, kept, write_manifest
 from pipeline.parts import split_slices
+from pipeline.place import ChangedError, DamagedError, Place, read_head, read_whole
 from pipeline.preprocess import preprocess
-from pipeline.source import (
-    FILE_COLUMNS,
-    ChangedError,
-    DamagedError,
-    Place,
-    containers,
-    find_files,
-    read_head,
-    read_whole,
-)
+from pipeline.source import FILE_COLUMNS, containers, find_files
 from pipeline.store import Store, send_store
 from tests.conftest import SIGNED_16, Cohort, tree_bytes
 
@@ -526,7 +518,7 @@ class Server:
 
 
 def forget_connections() -> None:
-    pipeline.source._open_system.cache_clear()
+    pipeline.storage._open_system.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # s3fs and zarr leave their sessions to the garbage collector
