@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--size", type=int, default=512, help="rows and columns of the phantom")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tasks", type=int, default=40, help="tasks to share between one worker, then two")
+    parser.add_argument("--tasks", type=int, default=24, help="tasks to share between one worker, then two")
     parser.add_argument("--files", type=int, default=100_000, help="small files to index twice")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)

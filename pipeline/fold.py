@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from pipeline import (
     augment,
@@ -114,7 +113,12 @@ def train_fold(
         return _finish(config, run, processes)
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(config, error) from None
-    except TorchDynamoException as error:
+    except RuntimeError as error:
+        # imported here: it takes a second and a half, which a refusal need not wait for
+        from torch._dynamo.exc import TorchDynamoException
+
+        if not isinstance(error, TorchDynamoException):
+            raise
         first_line = str(error).strip().splitlines()[0][:160]
         raise ConfigError(
             f"train.compile = true: the network cannot be compiled here ({type(error).__name__}: {first_line}); set it to false, or "

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 TISSUE_HU = -300.0
 """Fat is −100, foam and pillows lie below −700; a pixel that skin fills by two thirds still counts."""
@@ -144,6 +143,8 @@ def _outvoted(mask: Mask) -> Mask:
 
 def largest_piece(mask: Mask) -> Mask:
     """The largest 3-D piece of a mask [slice, row, column]; pixels touch at their sides, and face to face across slices."""
+    from scipy import ndimage  # only where a head is looked for: it takes a fifth of a second to import
+
     seen = mask.max(axis=0)
     if not seen.any():
         return mask

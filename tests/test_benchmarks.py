@@ -34,7 +34,7 @@ NAMES = sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py"))
 @pytest.mark.parametrize("name", [pytest.param(name, marks=NEEDS.get(name, [])) for name in NAMES])
 def test_benchmark_ends_in_figures(cohort: Cohort, name: str) -> None:
     arguments = {
-        "bench_scale.py": ["--studies", "10", "--label-images", "1000"],
+        "bench_scale.py": ["--studies", "20", "--label-images", "1000"],
         "bench_preprocess.py": [
             "--size",
             "64",
@@ -43,9 +43,9 @@ def test_benchmark_ends_in_figures(cohort: Cohort, name: str) -> None:
             "--rounds",
             "1",
             "--tasks",
-            "8",
+            "6",
             "--files",
-            "600",
+            "400",
         ],
         "bench_loader.py": [
             "--slices",

@@ -122,13 +122,6 @@ def test_changed_window_runs_preprocess_and_what_follows_and_reads_no_header(pro
     ran, out = project.repro()
     assert ran == ["index", "preprocess", "folds", "train@0", "evaluate"]
     assert ", 0 new or changed" in out
-    project.set(preprocess={"windows": windows})
-    project.repro()
-
-
-def test_changed_epochs_leave_the_store_alone(project: Project) -> None:
-    project.set(train={"epochs": 3})
-    assert project.repro()[0] == ["index", "train@0", "evaluate"]
 
 
 def test_more_folds_train_the_new_ones_only_and_fewer_leave_no_trace(project: Project) -> None:
@@ -150,11 +143,9 @@ def test_changed_label_makes_no_pixel_again(project: Project) -> None:
     project.set(source={"labels": "own.csv"})
     assert project.repro()[0] == ["index", "preprocess", "folds", "train@0", "evaluate"]
     assert {path.name: path.stat().st_mtime_ns for path in shards.iterdir()} == before
-    project.set(source={"labels": "data/phantom/labels.csv"})
-    project.repro()
 
 
-def test_killed_repro_goes_on_with_training(project: Project) -> None:
+def test_changed_epochs_leave_the_store_alone_and_a_killed_repro_goes_on_with_training(project: Project) -> None:
     project.set(train={"epochs": 4})
     process = project.start("repro")
     checkpoints = project.folder / "data" / "wip" / "train"
@@ -165,7 +156,7 @@ def test_killed_repro_goes_on_with_training(project: Project) -> None:
     process.communicate()
     assert list(checkpoints.glob("fold-0/step-*.pt")), "training was to be under way"
     ran, out = project.repro()
-    assert "train@0" in ran
+    assert ran == ["index", "train@0", "evaluate"]
     assert "going on in epoch" in out
     assert project.metrics()["held_out"]["folds"] == [0]
 

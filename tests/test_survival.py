@@ -9,7 +9,7 @@ import argparse
 import ctypes
 import errno
 import itertools
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import re
@@ -50,7 +50,15 @@ SLOW = {"preprocess__image_size": 512}
 DOORS = {"index": stages.index, "preprocess": stages.preprocess, "inspect": stages.inspect}
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["tests.test_survival", "tests.warmed"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    """A server of these tests' own: in this process others may have started one, which has imported other things."""
+    multiprocessing.forkserver._forkserver._stop()
+    FORKED.set_forkserver_preload(["tests.test_survival", "tests.warmed"])
+    yield
+    multiprocessing.forkserver._forkserver._stop()
 
 
 # ---- running

@@ -178,6 +178,7 @@ def run_and_kill(params: str, data: str, folder: str, kills: int) -> None:
     Path(folder, "positions.json").write_text(json.dumps(positions))
 
 
+@pytest.mark.long
 def test_run_killed_at_twenty_random_points_ends_in_the_same_weights(cohort: Cohort, tmp_path: Path) -> None:
     add_studies(cohort, 14, slices=8)
     changes = {**SMALL, "train__epochs": 8, "train__batch_size": 2, "train__checkpoint_seconds": 0.1}
