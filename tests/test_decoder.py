@@ -22,6 +22,7 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import (
+    HTJ2K,
     MPEG2MPML,
     UID,
     CTImageStorage,
@@ -29,6 +30,7 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     HTJ2KLossless,
+    HTJ2KLosslessRPCL,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGExtended12Bit,
@@ -216,19 +218,28 @@ def test_near_lossless_jpeg_ls_stays_within_its_error() -> None:
     assert 0 < error.max() <= 2
 
 
-def test_high_throughput_jpeg_2000_goes_to_openjpeg() -> None:
-    """Nothing here encodes HTJ2K. A slice of the middle value has no coefficients, so that only the headers tell the two apart."""
-    stored = np.full((ROWS, COLUMNS), 2048, np.uint16)
-    frame = bytearray(codestream(compress(describe(stored, bits=12), JPEG2000Lossless)))
-    after_siz = 4 + int.from_bytes(frame[4:6], "big")
-    style = frame.index(b"\xff\x52") + 12  # code-block style of COD, ISO 15444-1 A.6.1
-    frame[style] |= 0x40  # high-throughput blocks, ISO 15444-15 A.4
-    frame[6] |= 0x40  # Rsiz: a CAP segment follows
-    frame[after_siz:after_siz] = bytes.fromhex("ff50 0008 00020000 0000")
-    dataset = describe(stored, bits=12)
-    dataset.file_meta.TransferSyntaxUID = HTJ2KLossless
-    dataset.PixelData = encapsulate([bytes(frame)])
-    np.testing.assert_array_equal(decode(write(dataset), rows=ROWS, columns=COLUMNS), stored)
+def high_throughput(*, signed: bool, syntax: UID) -> tuple[Dataset, np.ndarray]:
+    """A slice in HTJ2K, encoded by OpenJPH 0.26.3 (imagecodecs 2026.3.6), and its stored values as they went in."""
+    y, x = np.mgrid[:ROWS, :COLUMNS]
+    texture = (x * 7919 + y * 104729 + x * y * 31) % 7
+    stored = np.where((x - 40) ** 2 + (y - 32) ** 2 < 28**2, 1000 + 3 * x + 5 * y + texture, texture)
+    stored[30:34, 20:60], stored[:2] = (3071, -976) if signed else (4095, 0)
+    if signed:
+        stored -= 1024
+    name = f"{'signed' if signed else 'unsigned'}_{'lossy' if syntax == HTJ2K else 'lossless'}.j2c"
+    dataset = describe(stored.astype(np.int16 if signed else np.uint16), bits=16 if signed else 12)
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.PixelData = encapsulate([(ROOT / "tests" / "htj2k" / name).read_bytes()])
+    return dataset, stored
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("syntax", [HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K], ids=lambda uid: uid.keyword)
+def test_high_throughput_jpeg_2000_comes_back(syntax: UID, signed: bool) -> None:
+    dataset, stored = high_throughput(signed=signed, syntax=syntax)
+    decoded = decode(write(dataset), rows=ROWS, columns=COLUMNS)
+    assert decoded.dtype == (np.int16 if signed else np.uint16)
+    assert np.abs(decoded.astype(int) - stored).max() <= (2 if syntax == HTJ2K else 0)
 
 
 @pytest.mark.parametrize(

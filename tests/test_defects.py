@@ -53,7 +53,7 @@ from pipeline.place import HEAD_BYTES, Place, read_head
 from pipeline.preprocess import preprocess
 from pipeline.store import Store
 from tests.conftest import REAL_DICOM, ROOT, SIGNED_16, UNSIGNED_12, Cohort
-from tests.test_decoder import change, codestream
+from tests.test_decoder import change, high_throughput
 
 SIZE = 32
 SPACING_MM = 0.5
@@ -466,21 +466,18 @@ def test_every_transfer_syntax_gives_the_same_pixels(cohort: Cohort, syntax: UID
 
 
 def test_high_throughput_jpeg_2000_is_used(cohort: Cohort) -> None:
-    """Nothing here encodes HTJ2K; a slice of the middle value has no coefficients, and only the headers tell the two apart."""
+    """Beside the same slice uncompressed, of another name."""
     put_neighbours(cohort)
-    dataset = ct(0, np.full((SIZE, SIZE), 1024))
-    dataset.compress(JPEG2000Lossless, generate_instance_uid=False)
-    frame = bytearray(codestream(written(dataset)))
-    after_siz = 4 + int.from_bytes(frame[4:6], "big")
-    frame[frame.index(b"\xff\x52") + 12] |= 0x40  # high-throughput blocks, ISO 15444-15 A.4
-    frame[6] |= 0x40  # a CAP segment follows
-    frame[after_siz:after_siz] = bytes.fromhex("ff50 0008 00020000 0000")
-    dataset.file_meta.TransferSyntaxUID = HTJ2KLossless
-    dataset.PixelData = encapsulate([bytes(frame)])
-    put(cohort, "0.dcm", dataset)
+    of_encoder, stored = high_throughput(signed=False, syntax=HTJ2KLossless)
+    for k in (0, 3):
+        dataset = ct(k, stored - 1024.0)
+        if k == 0:
+            dataset.file_meta.TransferSyntaxUID, dataset.PixelData = HTJ2KLossless, of_encoder.PixelData
+        put(cohort, f"{k}.dcm", dataset)
     found = run(cohort)
-    assert found.reasons["0.dcm"] == ""
-    assert_shows(found.pixels["1.2.3.0"], np.full((SIZE, SIZE), 1024))
+    assert set(found.reasons.values()) == {""}
+    assert np.ptp(found.pixels["1.2.3.3"]) == 255
+    np.testing.assert_array_equal(found.pixels["1.2.3.0"], found.pixels["1.2.3.3"])
 
 
 def test_unknown_transfer_syntax_is_undecodable(cohort: Cohort) -> None:
