@@ -28,6 +28,7 @@ from pydicom.uid import (
     EnhancedCTImageStorage,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
+    HTJ2KLossless,
     JPEG2000Lossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
@@ -44,11 +45,11 @@ from pipeline.preprocess import preprocess
 from pipeline.store import Store
 from pipeline.survey import verify
 from tests.conftest import SIGNED_16, UNSIGNED_12, Cohort
-from tests.test_decoder import change
+from tests.test_decoder import change, high_throughput
 from tests.test_survival import run
 
 SEED = 20191
-MUTANTS = 10_080
+MUTANTS = 10_140
 SIZE = 32
 STUDY_SLICES = 60
 IMAGE_ID, STUDY_ID = "ID_fedcba987", "ID_0123456789"
@@ -110,6 +111,14 @@ def compressed(syntax: UID) -> bytes:
     return write(dataset)
 
 
+def encoded_elsewhere() -> bytes:
+    dataset = describe(HTJ2KLossless)
+    other, stored = high_throughput(signed=True, syntax=HTJ2KLossless)
+    dataset.PixelData = other.PixelData
+    dataset.Rows, dataset.Columns = stored.shape
+    return write(dataset)
+
+
 def big_endian() -> bytes:
     dataset = describe(ExplicitVRBigEndian)
     dataset.PixelData = head(1).byteswap().tobytes()
@@ -167,6 +176,7 @@ def make_seeds(folder: Path) -> list[bytes]:
         compressed(JPEGLSLossless),
         compressed(JPEG2000Lossless),
         change(hospital, JPEGLosslessSV1, folder),
+        encoded_elsewhere(),
         write(describe(DeflatedExplicitVRLittleEndian)),
         big_endian(),
     ]
