@@ -7,6 +7,7 @@ and the same bytes come out.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -21,12 +22,14 @@ from pipeline.files import write_bytes
 from pipeline.garbage import is_garbage
 from pipeline.head import Box, find_head
 from pipeline.hounsfield import (
+    AIR_HU,
     WRAP_OFFSET,
     Stored,
-    clear_padding,
+    find_padding,
     invert,
     is_inverted,
     lowest_hu,
+    set_to_air,
     unwrap,
 )
 from pipeline.pixels import PixelFault, read_stored
@@ -55,6 +58,7 @@ class SliceFacts(NamedTuple):
     slope: float
     intercept: float
     padding: float
+    padding_limit: float
     photometric: str
     row_spacing_mm: float
     column_spacing_mm: float
@@ -216,18 +220,29 @@ class SliceReader:
             signed=facts.signed == 1,
             pixel_offset=facts.pixel_offset,
         )
-        intercept, repair = facts.intercept, ""
-        if facts.reason == "wrap_12bit":
+        is_wrapped, may_be_inverted = facts.reason == "wrap_12bit", facts.photometric == "MONOCHROME1"
+        # what is below air is raised to it anyway; but unwrapped or inverted, padding would become anything
+        is_tissue = facts.slope * _highest(facts) + facts.intercept > AIR_HU
+        padded = None
+        if is_tissue or is_wrapped or may_be_inverted:
+            padded = find_padding(stored, padding=facts.padding, limit=facts.padding_limit)
+        intercept, repair = facts.intercept, "padding" if padded is not None and is_tissue else ""
+        if is_wrapped:
             stored, intercept = unwrap(stored), -float(WRAP_OFFSET)
         rescale = {"slope": facts.slope, "intercept": intercept}
-        if facts.photometric == "MONOCHROME1" and is_inverted(stored, **rescale):
+        if may_be_inverted and is_inverted(stored, padded, **rescale):
             stored, repair = invert(stored, bits_stored=facts.bits_stored), "inverted"
+        if padded is not None:
+            set_to_air(stored, padded, **rescale)
         if is_garbage(stored, **rescale):
             raise PixelFault("garbage")
-        lowest = lowest_hu(stored, **rescale)
-        if clear_padding(stored, padding=facts.padding, **rescale) and not repair:
-            repair = "padding"
-        return stored, intercept, lowest, repair
+        return stored, intercept, lowest_hu(stored, **rescale), repair
+
+
+def _highest(facts: SliceFacts) -> float:
+    """The padding value, or end of its range, that has most HU; NaN where there is none."""
+    ends = [end for end in (facts.padding, facts.padding_limit) if math.isfinite(end)]
+    return (max if facts.slope > 0 else min)(ends, default=math.nan)
 
 
 def _spacing(facts: SliceFacts) -> tuple[float, float]:

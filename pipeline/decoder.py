@@ -341,8 +341,8 @@ def _decode_frame(content: bytes, *, frame: int, rows: int, columns: int) -> npt
     if not syntax:  # a file without meta group: pydicom found out by looking
         syntax = ExplicitVRLittleEndian if dataset.original_encoding[1] else ExplicitVRBigEndian
     plugin = PLUGINS[syntax]
-    if plugin:
-        _check_codestream(_encoded_frame(dataset, frame), syntax=syntax, rows=rows, columns=columns)
+    if plugin and _check_codestream(_encoded_frame(dataset, frame), syntax=syntax, rows=rows, columns=columns):
+        dataset.PixelRepresentation = 1
     if syntax == JPEGExtended12Bit:
         # pydicom 3.0 refuses to give gdcm more than 8 bits under this name. gdcm tells the process (lossy or not) from the
         # codestream, not from the name, and decodes 12 bits rightly.
@@ -363,10 +363,14 @@ def _encoded_frame(dataset: Any, frame: int) -> bytes:
     )
 
 
-def _check_codestream(codestream: bytes, *, syntax: str, rows: int, columns: int) -> None:
+def _check_codestream(codestream: bytes, *, syntax: str, rows: int, columns: int) -> bool:
     """Refuse what pydicom would fold into the wrong shape or cut to 16 bits without a word: it compares numbers of bytes alone.
 
     gdcm compares for itself, and RLE holds no shape.
+
+    Returns:
+        Whether the codestream is one of signed 16-bit values. Where the data set says unsigned, pydicom would make 64536 of −1000, and
+        no CT has values beyond 32767; with fewer bits the data set's own sign is right.
     """
     import _CharLS  # of pyjpegls, whose own functions would decode the frame to tell its shape
     import openjpeg
@@ -379,9 +383,10 @@ def _check_codestream(codestream: bytes, *, syntax: str, rows: int, columns: int
         facts = openjpeg.get_parameters(codestream)
         found = (facts["rows"], facts["columns"], facts["samples_per_pixel"], facts["precision"])
     else:
-        return
+        return False
     if found[:3] != (rows, columns, 1) or found[3] > 16:
         raise ValueError(f"expected {rows} × {columns} of up to 16 bits, found {found}")
+    return found[3] == 16 and bool(facts.get("is_signed"))
 
 
 if __name__ == "__main__":

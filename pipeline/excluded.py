@@ -14,7 +14,7 @@ from pipeline.config import Config
 from pipeline.manifest import EXCLUDED, REASONS, read_manifest
 from pipeline.place import Place
 from pipeline.sheet import BACKGROUND, CAPTION_PX, INK, MARGIN_PX, QUIET, TILE_PX
-from pipeline.source import containers
+from pipeline.source import IDENTITY, containers
 
 EACH = 8
 """Slices of a reason in the picture, evenly spread over its files."""
@@ -35,11 +35,11 @@ def read_exclusions(data: Path) -> pd.DataFrame:
     manifest = read_manifest(data / "index" / "manifest.parquet")
     path = data / "preprocess" / "faults.parquet"
     if path.is_file():
-        faults = pd.read_parquet(path).drop_duplicates("image_id").set_index("image_id")
-        faults = faults[faults["status"] == EXCLUDED]
-        late = (manifest["status"] != EXCLUDED) & manifest["image_id"].isin(faults.index)
-        manifest.loc[late, "reason"] = manifest.loc[late, "image_id"].map(faults["reason"])
-        manifest.loc[late, "status"] = EXCLUDED
+        faults = pd.read_parquet(path).query("status == @EXCLUDED")
+        # of the file as it was then: since, it may have been replaced by a better one
+        found = manifest.merge(faults[[*IDENTITY, "image_id", "reason"]], on=[*IDENTITY, "image_id"], how="left")
+        late = (manifest["status"] != EXCLUDED) & found["reason_y"].notna()
+        manifest.loc[late, "reason"], manifest.loc[late, "status"] = found.loc[late, "reason_y"], EXCLUDED
     return manifest[manifest["status"] == EXCLUDED].reset_index(drop=True)
 
 

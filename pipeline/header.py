@@ -32,13 +32,13 @@ from pydicom.uid import (
 )
 
 from pipeline.errors import SourceError
-from pipeline.kernel import kernel_class
 from pipeline.place import (
     UNREADABLE_METHOD,
     ChangedError,
     Place,
     read_head,
 )
+from pipeline.purpose import GIVEN, NOT_GIVEN, NOT_TOLD, body_class, contrast_class, is_projection, kernel_class
 from pipeline.series import ORIENTATION, PLACE
 
 # RSNA's identifiers are no UIDs: pydicom would warn several times a file, millions of times over the set.
@@ -60,6 +60,9 @@ TAGS: dict[str, int] = {
     "modality": 0x00080060,
     "series_description": 0x0008103E,
     "patient_id": 0x00100020,
+    "agent": 0x00180010,
+    "agents": 0x00180012,
+    "body_part": 0x00180015,
     "thickness_mm": 0x00180050,
     "kernel": 0x00181210,
     "study_uid": 0x0020000D,
@@ -77,10 +80,12 @@ TAGS: dict[str, int] = {
     "high_bit": 0x00280102,
     "signed": 0x00280103,
     "padding": 0x00280120,
+    "padding_limit": 0x00280121,
     "window_centre": 0x00281050,
     "window_width": 0x00281051,
     "intercept": 0x00281052,
     "slope": 0x00281053,
+    "unit": 0x00281054,
 }
 NAMES = {tag: name for name, tag in TAGS.items()}
 MEDIA_SOP_CLASS_TAG, TRANSFER_SYNTAX_TAG, CHARACTER_SET_TAG = 0x00020002, 0x00020010, 0x00080005
@@ -113,7 +118,10 @@ PRINTABLE = re.compile(r"[ -~]{1,64}")
 """What an identifier may be: RSNA's are no UIDs, but none is longer (PS3.5 6.2)."""
 
 MODALITIES = frozenset(("CT", "CR", "DX", "MR", "NM", "OT", "PR", "PT", "SC", "SR", "US", "XA"))
-"""The modalities that are told (PS3.3 C.7.3.1.1.1); of the rest it is enough to know that they are not CT."""
+"""The modalities that are told (PS3.3 C.7.3.1.1.1); the rest is OT, other."""
+
+OTHER_UNITS = frozenset(("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"))
+"""Rescale Types of maps that are no HU (PS3.3 C.11.1.1.2); "US", unspecified, and words of a writer's own stand in ordinary CT too."""
 
 PHOTOMETRIC = frozenset(("MONOCHROME1", "MONOCHROME2", "RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_RCT"))
 
@@ -153,6 +161,12 @@ class Header(NamedTuple):
     thickness_mm: float = np.nan
     kernel: str = ""
     """``bone`` or ``soft`` where Convolution Kernel or Series Description says so, else empty."""
+    body: str = ""
+    """``head`` or ``other`` where Series Description or Body Part Examined says so, else empty."""
+    contrast: int = NOT_TOLD
+    """1 where contrast medium was given, 0 where none was, −1 where nothing is said of it."""
+    projection: int = 0
+    """1 where Image Type or Series Description says that the slice is the brightest or darkest of many."""
     samples: int = -1
     photometric: str = ""
     frames: int = 1
@@ -162,7 +176,11 @@ class Header(NamedTuple):
     signed: int = -1
     intercept: float = np.nan
     slope: float = np.nan
+    unit: str = "HU"
+    """Of what rescale makes: ``HU``, or ``other`` where Rescale Type says so."""
     padding: float = np.nan
+    padding_limit: float = np.nan
+    """The other end of the range of values that are padding."""
     window_centre: float = np.nan
     window_width: float = np.nan
     pixel_offset: int = -1
@@ -344,9 +362,11 @@ def _has_reached_pixels(file: io.BytesIO) -> bool:
 def _take(dataset: pydicom.FileDataset, file: io.BytesIO) -> Walked:
     values = {"sop_class": str(dataset.file_meta.get("MediaStorageSOPClassUID", "")).encode()}
     for name, tag in TAGS.items():
-        element = dataset.get_item(tag)
-        if element is not None and isinstance(element.value, bytes):
-            values[name] = element.value
+        value = getattr(dataset.get_item(tag), "value", None)
+        if isinstance(value, bytes):
+            values[name] = value
+        elif isinstance(value, pydicom.Sequence):  # of which it is enough to know that it holds something
+            values[name] = bytes(len(value))
     syntax = str(dataset.file_meta.get("TransferSyntaxUID", "")).strip()
     implicit, little = dataset.original_encoding  # as the transfer syntax says, or what pydicom found without one
     if not syntax:  # a data set without a file meta group: pydicom has found its encoding out
@@ -374,20 +394,27 @@ def _interpret(walked: Walked, *, patient_salt: str) -> Header:
         return int.from_bytes(value[:2], "little" if little else "big") if len(value) >= 2 else -1
 
     signed, bits_stored = integer("signed"), integer("bits_stored")
+    padding, padding_limit = (
+        _as_stored(integer(name), bits_stored=bits_stored, signed=signed == 1) for name in ("padding", "padding_limit")
+    )
+    image_type, description = _text(get("image_type")).upper(), _text(get("series_description"))
     return Header(
         fault="dicomdir" if _text(get("sop_class")) == MediaStorageDirectoryStorage else "",
         transfer_syntax=walked.transfer_syntax if re.fullmatch(r"[0-9.]{1,64}", walked.transfer_syntax) else "",
-        modality=modality if modality in MODALITIES else "",
-        image_type="\\".join(word for word in _text(get("image_type")).upper().split("\\") if word in IMAGE_TYPES),
+        modality=modality if modality in MODALITIES or not modality else "OT",
+        image_type="\\".join(word for word in image_type.split("\\") if word in IMAGE_TYPES),
         study_uid=study_uid,
         series_uid=_identifier(get("series_uid")),
         image_id=_identifier(get("image_id")),
-        patient_key=patient_key(_text(get("patient_id")) or study_uid, salt=patient_salt),
+        patient_key=patient_key(patient_id, salt=patient_salt) if (patient_id := _text(get("patient_id"))) else "",
         **_geometry(get("position"), get("orientation"), get("spacing")),
         rows=integer("rows"),
         columns=integer("columns"),
         thickness_mm=_floats(get("thickness_mm"), 1)[0],
-        kernel=kernel_class(_text(get("kernel")), _text(get("series_description"))),
+        kernel=kernel_class(_text(get("kernel")), description),
+        body=body_class(_text(get("body_part")), description),
+        contrast=contrast_class(_text(get("agent")), has_agents=bool(get("agents")), description=description),
+        projection=int(is_projection(image_type, description)),
         samples=integer("samples"),
         photometric=photometric if photometric in PHOTOMETRIC else "",
         frames=_integer_text(get("frames"), absent=1),
@@ -397,7 +424,9 @@ def _interpret(walked: Walked, *, patient_salt: str) -> Header:
         signed=signed,
         intercept=_floats(get("intercept"), 1)[0],
         slope=_floats(get("slope"), 1)[0],
-        padding=_as_stored(integer("padding"), bits_stored=bits_stored, signed=signed == 1),
+        unit="other" if _text(get("unit")) in OTHER_UNITS else "HU",
+        padding=padding,
+        padding_limit=padding_limit,
         window_centre=_floats(get("window_centre"), 1)[0],  # may be multi-valued: the first one counts
         window_width=_floats(get("window_width"), 1)[0],
         pixel_offset=pixel_offset,
@@ -446,12 +475,18 @@ def _frames(dataset: pydicom.FileDataset, whole: Header) -> Iterator[Header]:
             look("PlaneOrientationSequence", "ImageOrientationPatient"),
             look("PixelMeasuresSequence", "PixelSpacing"),
         )
-        words = _text(look("CTImageFrameTypeSequence", "FrameType")).upper().split("\\")
+        frame_type = _text(look("CTImageFrameTypeSequence", "FrameType")).upper()
+        intercept, slope, unit = (
+            look("PixelValueTransformationSequence", keyword)
+            for keyword in ("RescaleIntercept", "RescaleSlope", "RescaleType")
+        )
         yield whole._replace(
             frame=number,
             frames=1,
             image_id=f"{whole.image_id}#{number + 1}",
-            image_type="\\".join(word for word in words if word in IMAGE_TYPES) or whole.image_type,
+            image_type="\\".join(word for word in frame_type.split("\\") if word in IMAGE_TYPES) or whole.image_type,
+            projection=int(is_projection(frame_type, "") or whole.projection),
+            contrast=_contrast_of_frame((group, *shared[:1]), whole.contrast),
             **geometry,
             thickness_mm=_floats(look("PixelMeasuresSequence", "SliceThickness"), 1)[0],
             kernel=kernel_class(
@@ -459,13 +494,25 @@ def _frames(dataset: pydicom.FileDataset, whole: Header) -> Iterator[Header]:
                 _text(look("CTReconstructionSequence", "ConvolutionKernelGroup")),
             )
             or whole.kernel,
-            intercept=_floats(look("PixelValueTransformationSequence", "RescaleIntercept"), 1)[0],
-            slope=_floats(look("PixelValueTransformationSequence", "RescaleSlope"), 1)[0],
+            intercept=_floats(intercept, 1)[0] if intercept else whole.intercept,
+            slope=_floats(slope, 1)[0] if slope else whole.slope,
+            unit="other" if _text(unit) in OTHER_UNITS else whole.unit,
             window_centre=_floats(look("FrameVOILUTSequence", "WindowCenter"), 1)[0],
             window_width=_floats(look("FrameVOILUTSequence", "WindowWidth"), 1)[0],
             pixel_offset=whole.pixel_offset + number * frame_bytes if native else whole.pixel_offset,
             pixel_length=min(frame_bytes, max(0, whole.pixel_length - number * frame_bytes)) if native else -1,
         )
+
+
+def _contrast_of_frame(groups: tuple[Any, ...], of_file: int) -> int:
+    """Whether an agent was given by then: Contrast/Bolus Usage Sequence (PS3.3 C.7.6.16.2.12), else what the file says."""
+    said = {
+        str(usage.get(name))
+        for group in groups
+        for usage in group.get("ContrastBolusUsageSequence") or ()
+        for name in ("ContrastBolusAgentAdministered", "ContrastBolusAgentDetected")
+    }
+    return GIVEN if "YES" in said else NOT_GIVEN if "NO" in said else of_file
 
 
 def patient_key(patient_id: str, *, salt: str) -> str:

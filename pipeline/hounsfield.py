@@ -20,6 +20,7 @@ WRAP_OFFSET = 1024
 WRAP_MODULUS = 4096
 
 Stored = npt.NDArray[np.integer]
+Mask = npt.NDArray[np.bool_]
 
 
 def is_wrapped(bits_stored: Any, signed: Any, intercept: Any) -> Any:
@@ -43,13 +44,23 @@ def lowest_hu(stored: Stored, *, slope: float, intercept: float) -> float:
     return slope * float(stored.min() if slope > 0 else stored.max()) + intercept
 
 
-def is_inverted(stored: Stored, *, slope: float, intercept: float) -> bool:
+def is_inverted(stored: Stored, padded: Mask | None, *, slope: float, intercept: float) -> bool:
     """Whether a slice is stored as its negative: brighter than bone all round its border, where air belongs.
 
     MONOCHROME1 speaks of the display alone (PS3.3 C.7.6.3.1.2) and leaves HU as they are; some writers invert the values too.
+
+    Args:
+        stored: stored values [row, column].
+        padded: its padding, which is no part of the image: the border is then what lies beside it.
+        slope: (0028,1053) Rescale Slope.
+        intercept: (0028,1052) Rescale Intercept.
     """
-    border = np.concatenate([stored[0], stored[-1], stored[:, 0], stored[:, -1]])
-    return bool(slope * float(np.median(border)) + intercept > 500)
+    border = np.zeros(stored.shape, bool)
+    border[[0, -1]] = border[:, [0, -1]] = True
+    if padded is not None:
+        border |= cv2.dilate(padded.view(np.uint8), np.ones((3, 3), np.uint8)).view(bool)
+        border &= ~padded
+    return bool(border.any() and slope * float(np.median(stored[border])) + intercept > 500)
 
 
 def invert(stored: Stored, *, bits_stored: int) -> Stored:
@@ -59,22 +70,31 @@ def invert(stored: Stored, *, bits_stored: int) -> Stored:
     return stored
 
 
-def clear_padding(stored: Stored, *, padding: float, slope: float, intercept: float) -> bool:
-    """Set tagged padding to air, in place, where its value would be tissue; lower values are raised to air anyway.
+def find_padding(stored: Stored, *, padding: float, limit: float) -> Mask | None:
+    """Where a slice is padded by what its header says, before anything is repaired: (0028,0120) Pixel Padding Value is a stored value.
 
-    Only what is connected to the border: (0028,0120) Pixel Padding Value lies outside the image (PS3.3 C.7.5.1.1.2), and a value
-    such as 0 may be water inside.
+    Only what is connected to the border: it lies outside the image (PS3.3 C.7.5.1.1.2), and a value such as 0 may be water inside.
+
+    Args:
+        stored: stored values [row, column].
+        padding: one end of the range of values that are padding.
+        limit: (0028,0121) Pixel Padding Range Limit, the other end; NaN where there is none.
 
     Returns:
-        Whether anything was set.
+        bool [row, column], or None where nothing is padded.
     """
-    if not math.isfinite(padding) or slope * padding + intercept <= AIR_HU:
-        return False
-    mask = stored == padding
+    if not math.isfinite(padding):
+        return None
+    low, high = (min(padding, limit), max(padding, limit)) if math.isfinite(limit) else (padding, padding)
+    mask = stored == padding if low == high else (stored >= low) & (stored <= high)
     if not (mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any()):
-        return False
-    _, parts = cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)
+        return None
+    _, parts = cv2.connectedComponents(mask.view(np.uint8), connectivity=4)
     border = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
+    return np.isin(parts, border[border > 0])
+
+
+def set_to_air(stored: Stored, padded: Mask, *, slope: float, intercept: float) -> None:
+    """Set padding to air, in place."""
     limits = np.iinfo(stored.dtype)
-    stored[np.isin(parts, border[border > 0])] = np.clip(round((AIR_HU - intercept) / slope), limits.min, limits.max)
-    return True
+    stored[padded] = np.clip(round((AIR_HU - intercept) / slope), limits.min, limits.max)

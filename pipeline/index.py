@@ -26,6 +26,7 @@ from pipeline.pixels import PixelFault, read_stored
 from pipeline.place import Place, Scratch
 from pipeline.progress import Progress
 from pipeline.series import (
+    FURTHER_MM,
     ORIENTATION,
     PLACE,
     choose_series,
@@ -37,7 +38,7 @@ from pipeline.series import (
 )
 from pipeline.source import FILE_COLUMNS, IDENTITY, containers, find_files
 
-HEADER_VERSION = "3"
+HEADER_VERSION = "4"
 """Raise it when `read_headers` reads more or otherwise: an older header table is then read anew."""
 
 FILES_PER_TASK = 512
@@ -56,8 +57,15 @@ HEADER_COLUMNS = list(Header._fields)
 PIXEL_COLUMNS = ["transfer_syntax", "frame", "rows", "columns", "bits_stored", "signed", "pixel_offset"]
 """What `read_stored` asks for."""
 
-COMPARED = [name for name in HEADER_COLUMNS if name not in ("transfer_syntax", "pixel_offset", "pixel_length", "fault")]
-"""What two files of one slice agree in, beside their pixels: one may be compressed, or have more elements."""
+COMPARED = [
+    "study_uid", "series_uid", "photometric", "rows", "columns", "signed", "slope", "intercept", *PLACE, *ORIENTATION,
+    "row_spacing_mm", "column_spacing_mm",
+]  # fmt: skip
+"""What two files of one slice agree in, beside their pixels. One may be compressed, have another window, or have been told to be
+derived; and numbers may have been written anew, with fewer digits."""
+
+PLACES_AGREE_MM, NUMBERS_AGREE = 0.01, 0.001
+"""Numbers of two files that differ by less are the same."""
 
 
 def build_manifest(
@@ -92,7 +100,7 @@ def build_manifest(
             f"source.dicom: {(headers['frame'] <= 0).sum()} files found, none of them a usable axial CT slice ({listed})"
         )
     manifest, found = join_labels(manifest, labels)
-    return manifest, None if is_known else headers, found | _count_spacings(manifest)
+    return manifest, None if is_known else headers, found | _count_geometry(manifest)
 
 
 def read_known_headers(path: Path) -> pd.DataFrame | None:
@@ -191,11 +199,11 @@ def classify(headers: pd.DataFrame, config: Config) -> pd.DataFrame:
     manifest = headers.drop(columns=["version", "pixel_digest"])
     normal = normals(manifest)
     reason = _header_faults(manifest, normal)
-    _exclude_foreign(manifest, reason)
+    _exclude_foreign(manifest, reason, salt=config.index.patient_salt)
     _compare_duplicates(headers, reason, config)
-    axial = (reason == "").to_numpy()
-    chosen = choose_series(manifest[axial], rule=config.index.series, chosen=config.index.chosen_series)
-    reason[axial & (manifest["series_uid"] != manifest["study_uid"].map(chosen)).to_numpy()] = "other_series"
+    axial = manifest[(reason == "").to_numpy()]
+    is_chosen, beyond_mm = choose_series(axial, rule=config.index.series, chosen=config.index.chosen_series)
+    reason[axial.index[~is_chosen]] = "other_series"
     slices = manifest[(reason == "").to_numpy()]
     turns = find_turns(slices)
     repairs = _repairs(slices, turns)
@@ -204,6 +212,7 @@ def classify(headers: pd.DataFrame, config: Config) -> pd.DataFrame:
     manifest["turn"] = pd.Series(turns, index=slices.index).reindex(manifest.index, fill_value=0)
     manifest["tilt_deg"] = measure_tilts(normal)
     manifest["position_mm"] = pd.Series(measure_positions(slices), index=slices.index)
+    manifest["beyond_mm"] = pd.Series(beyond_mm, index=axial.index)
     longest_mm = np.maximum(slices["rows"] * slices["row_spacing_mm"], slices["columns"] * slices["column_spacing_mm"])
     manifest["field_mm"] = longest_mm.groupby(slices["study_uid"]).transform("max")
     manifest["status"], manifest["reason"] = reason.map(statuses).astype("str"), reason.astype("str")
@@ -223,11 +232,11 @@ def _header_faults(files: pd.DataFrame, normal: np.ndarray) -> pd.Series:
         "zip_method": files["fault"] == "zip_method",
         "not_dicom": files["fault"] == "not_dicom",
         "dicomdir": files["fault"] == "dicomdir",
+        "not_ct": ~files["modality"].isin(["CT", ""]),
         "no_pixels": (files["rows"] <= 0)
         | (files["columns"] <= 0)
         | ((files["pixel_offset"] < 0) & (files["transfer_syntax"] != DEFLATED_SYNTAX))
         | (single & (files["pixel_length"] == 0)),
-        "not_ct": files["modality"] != "CT",
         "localizer": files["image_type"].str.contains("LOCALIZER", regex=False),
         "colour": (files["samples"] != 1) | ~files["photometric"].isin(["MONOCHROME1", "MONOCHROME2"]),
         "multi_frame": files["frames"] != 1,
@@ -235,11 +244,13 @@ def _header_faults(files: pd.DataFrame, normal: np.ndarray) -> pd.Series:
         | ~files["bits_stored"].between(1, 16)
         | ~files["signed"].isin([0, 1]),
         "high_bit": (files["high_bit"] >= 0) & (files["high_bit"] != files["bits_stored"] - 1),
-        "no_identifiers": (files["study_uid"] == "") | (files["series_uid"] == "") | (files["image_id"] == ""),
+        "no_identifiers": (files["modality"] == "")
+        | (files["study_uid"] == "") | (files["series_uid"] == "") | (files["image_id"] == ""),
         "no_geometry": ~np.isfinite(files[[*PLACE, *ORIENTATION]].to_numpy(float)).all(axis=1)
         | ~(np.isfinite(spacing) & (spacing > 0)).all(axis=1),
         "not_axial": ~axial,
         "no_rescale": ~np.isfinite(files["slope"]) | ~np.isfinite(files["intercept"]) | (files["slope"] == 0),
+        "not_hu": files["unit"] != "HU",
         "implausible": ~((spacing >= PLAUSIBLE_SPACING_MM[0]) & (spacing <= PLAUSIBLE_SPACING_MM[1])).all(axis=1)
         | (spacing > WIDEST_FIELD_MM / files[["rows", "columns"]].clip(lower=1).to_numpy()).any(axis=1)
         | ~(files[PLACE].abs() < FARTHEST_MM).all(axis=1)
@@ -255,15 +266,20 @@ def _header_faults(files: pd.DataFrame, normal: np.ndarray) -> pd.Series:
     return pd.Series(chosen, index=files.index, dtype=object)
 
 
-def _exclude_foreign(files: pd.DataFrame, reason: pd.Series) -> None:
-    """A study is one patient's: the one of most of its slices."""
-    sound = files.loc[reason == "", ["study_uid", "patient_key"]]
-    counts = sound.value_counts(sort=False).rename("slices").reset_index()
-    if not counts["study_uid"].duplicated().any():
-        return
+def _exclude_foreign(files: pd.DataFrame, reason: pd.Series, *, salt: str) -> None:
+    """A study is one patient's: the one of most of its slices. A slice that names nobody is its study's, and a study that names nobody
+    is a patient of its own."""
+    is_named = files["patient_key"] != ""
+    named = files.loc[(reason == "") & is_named, ["study_uid", "patient_key"]]
+    counts = named.value_counts(sort=False).rename("slices").reset_index()
     counts = counts.sort_values(["study_uid", "slices", "patient_key"], ascending=[True, False, True])
     owner = counts.drop_duplicates("study_uid").set_index("study_uid")["patient_key"]
-    reason[sound.index[sound["patient_key"] != sound["study_uid"].map(owner)]] = "foreign_patient"
+    if len(owner) < len(counts):
+        reason[named.index[named["patient_key"] != named["study_uid"].map(owner)]] = "foreign_patient"
+    if not is_named.all():
+        uids = files.loc[~is_named, "study_uid"]
+        keys = {uid: owner.get(uid) or patient_key(uid, salt=salt) for uid in uids.unique()}
+        files.loc[~is_named, "patient_key"] = uids.map(keys)
 
 
 def _compare_duplicates(headers: pd.DataFrame, reason: pd.Series, config: Config) -> None:
@@ -287,10 +303,16 @@ def _compare_duplicates(headers: pd.DataFrame, reason: pd.Series, config: Config
     headers.loc[shared.index[shared["pixel_digest"].isin(PERHAPS_MENDED)], "pixel_digest"] = ""
     shared = shared[~faulty]
     first = shared.groupby("image_id", sort=False)[[*COMPARED, "pixel_digest"]].transform("first")
-    agrees = ((shared[first.columns] == first) | (shared[first.columns].isna() & first.isna())).all(axis=1)
+    agrees = pd.concat([_agree(shared[name], first[name]) for name in first], axis=1).all(axis=1)
     all_agree = agrees.groupby(shared["image_id"]).transform("all")
     reason[shared.index[~all_agree]] = "conflict"
     reason[shared.index[all_agree & shared["image_id"].duplicated()]] = "duplicate"
+
+
+def _agree(values: pd.Series, others: pd.Series) -> pd.Series:
+    if values.dtype.kind != "f":
+        return values == others
+    return (values - others).abs() < (PLACES_AGREE_MM if values.name in PLACE else NUMBERS_AGREE)
 
 
 def _digest_batch(task: tuple[np.ndarray, list[Place], list[dict[str, Any]]]) -> tuple[np.ndarray, list[str]]:
@@ -343,16 +365,17 @@ def _sort_slices(study: np.ndarray, position_mm: np.ndarray, image_id: pd.Series
     return np.lexsort((rank, position_mm, study)) if len(shared) else order
 
 
-def _count_spacings(manifest: pd.DataFrame) -> dict[str, Any]:
+def _count_geometry(manifest: pd.DataFrame) -> dict[str, Any]:
     slices = kept(manifest)
     return {
+        "studies_with_more_in_another_series": int(slices.loc[slices["beyond_mm"] > FURTHER_MM, "study_uid"].nunique()),
         "spacing": {
             name: {
                 "slices": int((slices["spacing"] == name).sum()),
                 "studies": int(slices.loc[slices["spacing"] == name, "study_uid"].nunique()),
             }
             for name in SPACINGS
-        }
+        },
     }
 
 

@@ -29,23 +29,27 @@ REASONS: dict[str, tuple[str, str]] = {
     ),
     "not_dicom": (EXCLUDED, "not a DICOM file"),
     "dicomdir": (EXCLUDED, "a DICOM directory (DICOMDIR), no image"),
-    "no_pixels": (EXCLUDED, "no pixel data in it"),
     "not_ct": (EXCLUDED, "its modality is not CT"),
+    "no_pixels": (EXCLUDED, "no pixel data in it"),
     "localizer": (EXCLUDED, "a localizer"),
-    "colour": (EXCLUDED, "a colour or palette capture, not grey"),
+    "colour": (EXCLUDED, "a colour or palette capture, or it does not say that it is grey"),
     "multi_frame": (EXCLUDED, "several frames in one file, without a geometry for each"),
     "not_16_bit": (EXCLUDED, "its pixels are not 16 bits wide"),
     "high_bit": (EXCLUDED, "its stored bits are not the lowest ones of a value"),
-    "no_identifiers": (EXCLUDED, "its study, series or image identifier is missing"),
+    "no_identifiers": (EXCLUDED, "its modality, or its study, series or image identifier, is missing"),
     "no_geometry": (EXCLUDED, "its position, orientation or pixel spacing is missing"),
     "not_axial": (EXCLUDED, "its plane is not axial"),
     "no_rescale": (EXCLUDED, "its rescale slope or intercept is missing"),
+    "not_hu": (EXCLUDED, "its values are no HU: a map of something else"),
     "implausible": (EXCLUDED, "its size, spacing, position or rescale is that of no CT"),
     "truncated_pixels": (EXCLUDED, "its pixel data are cut short"),
     # Found by comparing files.
     "foreign_patient": (EXCLUDED, "most slices of its study are another patient's"),
     "duplicate": (EXCLUDED, "the same slice as in another file"),
-    "conflict": (EXCLUDED, "another file has the same image identifier and a different image: neither can be trusted"),
+    "conflict": (
+        EXCLUDED,
+        "another file has the same image identifier and other pixels, or another place: neither can be trusted",
+    ),
     "other_series": (EXCLUDED, "another series was chosen"),
     # Found when the pixels are read.
     "changed": (EXCLUDED, "the file changed after index read it"),
@@ -65,8 +69,11 @@ REASONS: dict[str, tuple[str, str]] = {
     "padding": (REPAIRED, "padding that would be tissue; set to air"),
 }
 
-CHOSEN_AGAINST = ("other_series", "duplicate")
-"""Exclusions by choice, not by defect: they do not count towards `index.max_excluded_fraction`."""
+BY_CHOICE = ("other_series", "duplicate")
+BY_KIND = ("dicomdir", "not_ct", "localizer", "colour", "multi_frame", "not_16_bit", "not_axial", "not_hu")
+NO_DEFECTS = (*BY_CHOICE, *BY_KIND)
+"""Exclusions of what was chosen against, or is no axial slice and does not claim to be: a whole study of a hospital holds scouts,
+reports, reformats and captures. They do not count towards `index.max_excluded_fraction`."""
 
 PERHAPS_MENDED = ("changed", "zip_damaged")
 """Faults of where a file lies, not of the file: they are not remembered, so that a disk that was away, or a zip that is fetched
@@ -129,7 +136,7 @@ def examples(manifest: pd.DataFrame, *, each: int = 5) -> dict[str, Any]:
     by_reason: dict[str, list[str]] = {}
     for reason, archive, path in shown.itertuples(index=False):
         by_reason.setdefault(reason, []).append(f"{archive}/{path}" if archive else path)
-    defects = manifest[(manifest["status"] == EXCLUDED) & ~manifest["reason"].isin(CHOSEN_AGAINST)]
+    defects = manifest[(manifest["status"] == EXCLUDED) & ~manifest["reason"].isin(NO_DEFECTS)]
     worst = defects.loc[defects["study_uid"] != "", "study_uid"].value_counts().sort_index().nlargest(each)
     return {"examples": by_reason, "worst_studies": {str(uid): int(count) for uid, count in worst.items()}}
 
@@ -138,15 +145,17 @@ def refuse_too_many_exclusions(totals: dict[str, Any], *, most: float) -> None:
     """Stop where more was excluded by defect than can be an accident.
 
     Raises:
-        SourceError: more than the share `most`.
+        SourceError: more than the share `most` of what should have been slices.
     """
-    defects = {reason: n for reason, n in totals["reasons"].items() if REASONS[reason][0] == EXCLUDED}
-    count = sum(n for reason, n in defects.items() if reason not in CHOSEN_AGAINST)
-    share = count / max(1, totals["slices_found"])
+    excluded = {reason: n for reason, n in totals["reasons"].items() if REASONS[reason][0] == EXCLUDED}
+    defects = {reason: n for reason, n in excluded.items() if reason not in NO_DEFECTS}
+    count = sum(defects.values())
+    slices = totals["slices_found"] - sum(excluded.values()) + count
+    share = count / max(1, slices)
     if share > most:
         listed = "; ".join(f"{n:,} × {REASONS[reason][1]}" for reason, n in list(defects.items())[:4])
         raise SourceError(
-            f"{count:,} of {totals['slices_found']:,} are excluded ({share:.1%}), more than index.max_excluded_fraction = {most:g} "
+            f"{count:,} of {slices:,} slices are excluded by defect ({share:.1%}), more than index.max_excluded_fraction = {most:g} "
             f"allows: {listed}; look with `python -m stages.inspect --excluded`, mend source.dicom or raise the fraction"
         )
 

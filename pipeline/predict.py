@@ -24,7 +24,6 @@ import torch
 from pipeline.answer import ANYWAY, NO_POINTS, PREDICTED, REFUSED, TOLD, SliceFile, Study, Suspects, explain_marks, say
 from pipeline.cluster import run_tasks
 from pipeline.config import Config, SequenceConfig, Source, without_folders
-from pipeline.contrast import read_contrast
 from pipeline.convert import SliceReader, StudyResult, StudyTask, count_parts, make_shards, shard_path
 from pipeline.device import choose_precision
 from pipeline.errors import SourceError
@@ -41,9 +40,11 @@ from pipeline.pixels import PixelFault
 from pipeline.place import Place
 from pipeline.preprocess import SLICES_PER_TASK, Plan
 from pipeline.progress import Progress
+from pipeline.purpose import GIVEN, NOT_GIVEN, NOT_TOLD
 from pipeline.reader import SliceReader as ShardReader
 from pipeline.reader import shard_name
 from pipeline.sequence import StudyFeatures, predict_sequence
+from pipeline.series import FURTHER_MM
 from pipeline.sheet import SHORT, draw_suspects
 from pipeline.source import FILE_COLUMNS, find_files
 from pipeline.survey import SCOPE
@@ -229,7 +230,7 @@ class _Told(NamedTuple):
 
 def _ask_headers(plan: Plan, slices: pd.DataFrame, number: int, model: Model) -> _Told:
     of_study = slices.iloc[slice(*plan.bounds[number])]
-    contrast = read_contrast(_list_files(plan.task(number))[0].place)  # a series is all with it or all without
+    contrast = {GIVEN: True, NOT_GIVEN: False, NOT_TOLD: None}[int(of_study["contrast"].max())]
     return _Told(of_study, [*list_faults(of_study, model.scope), *([CONTRAST] if contrast else [])], contrast)
 
 
@@ -274,9 +275,11 @@ class _Made(NamedTuple):
         """What is amiss, but no reason to refuse."""
         codes = pd.Series([code for code in self.result.faults.values() if REASONS[code][0] == EXCLUDED], dtype=object)
         holes = int((self.told.slices["spacing"] == "hole").sum())
+        beyond_mm = float(self.told.slices["beyond_mm"].max())
         return [
             *(f"{count} slices left out: {REASONS[code][1]}" for code, count in codes.value_counts().items()),
             *([f"slices seem to be missing at {holes} place(s)"] if holes else []),
+            *([f"another series shows {beyond_mm:.0f} mm more of it"] if beyond_mm > FURTHER_MM else []),
         ]
 
 

@@ -51,7 +51,7 @@ from pipeline.labels import LABELS, UNKNOWN
 from pipeline.manifest import EXCLUDED, PERHAPS_MENDED, REASONS, account, kept, refuse_too_many_exclusions
 from pipeline.progress import Progress
 from pipeline.series import ORIENTATION, turn_cosines
-from pipeline.source import containers, is_there
+from pipeline.source import IDENTITY, containers, is_there
 from pipeline.storage import URL, open_storage
 from pipeline.store import STUDY_ARRAYS, StoreContent, require_target, send_store, slice_axis, write_store
 
@@ -69,7 +69,7 @@ DECODERS = ("isal", "python-gdcm", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg
 """Packages that decide a shard's bytes: another decoder may read what this one could not, or read it otherwise."""
 
 
-FAULT_COLUMNS = ["source", "archive", "path", "image_id", "study_uid", "status", "reason"]
+FAULT_COLUMNS = [*IDENTITY, "image_id", "study_uid", "status", "reason"]
 
 
 PLACE_IN_ZIP = ("method", "offset", "packed_size")

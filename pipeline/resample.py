@@ -120,8 +120,13 @@ class Converter:
             self._floats = np.empty(rows * columns, np.float32)
         floats = self._floats[: rows * columns].reshape(shape)
         _average(stored, *corner, 1, *bounds, floats)
-        how = cv2.INTER_AREA if height <= rows and width <= columns else cv2.INTER_LINEAR
-        cv2.resize(floats, (width, height), dst=target, interpolation=how)
+        smaller = min(height, rows), min(width, columns)
+        if smaller == (height, width):
+            cv2.resize(floats, (width, height), dst=target, interpolation=cv2.INTER_AREA)
+            return
+        if smaller != shape:  # OpenCV has one way for both axes: the one that shrinks is averaged first
+            floats = np.asarray(cv2.resize(floats, smaller[::-1], interpolation=cv2.INTER_AREA), np.float32)
+        cv2.resize(floats, (width, height), dst=target, interpolation=cv2.INTER_LINEAR)
 
 
 @compiled

@@ -16,8 +16,15 @@ ORIENTATION = [*ROW, *COLUMN]
 BONE_WIDTH_HU = 1000.0
 """A series whose own window is wider than this was made to look at bone."""
 
-WHOLE_COVERAGE = 0.8
-"""A series that covers less of the study's longest is a part: a block of an acquisition, or a repeat of some slices."""
+WHOLE_COVERAGE, HEAD_MM, LONGEST_HEAD_MM = 0.8, 150.0, 300.0
+"""A series that covers less of the study's longest is a part: a block of an acquisition, or a repeat of some slices. A head asks for
+150 mm and no more, and what covers 300 shows a neck, a spine or a trunk."""
+
+FURTHER_MM = 20.0
+"""Two or more slices of the usual thickness: where another series reaches so far beyond the chosen one, a part of the head is left out."""
+
+REPEATED = 1.5
+"""Slices to a place in a series that shows the same places again and again: perfusion, or two acquisitions."""
 
 USUAL_THICKNESS_MM = 5.0
 """Of soft-tissue head series, RSNA's among them (3 to 5 mm, a few 2.5): thin ones are for bone and for reformatting."""
@@ -40,13 +47,36 @@ def normals(files: pd.DataFrame) -> Floats:
     return np.where(normal[:, 2:] < 0, -normal, normal)
 
 
-def choose_series(axial: pd.DataFrame, *, rule: str, chosen: list[str]) -> pd.Series:
-    """Choose one series of each study from its usable axial slices.
+def centres(files: pd.DataFrame) -> Floats:
+    """Where the centres of slices lie: float64 [slice, 3] in mm. (0020,0032) is that of the first pixel (PS3.3 C.7.6.2.1.1), which
+    moves when the gantry is tilted about the head."""
+    across_mm = (files["columns"].to_numpy(float) - 1) / 2 * files["column_spacing_mm"].to_numpy(float)
+    down_mm = (files["rows"].to_numpy(float) - 1) / 2 * files["row_spacing_mm"].to_numpy(float)
+    row, column = files[ROW].to_numpy(float), files[COLUMN].to_numpy(float)
+    return files[PLACE].to_numpy(float) + across_mm[:, None] * row + down_mm[:, None] * column
 
-    ``soft_tissue`` asks in this order: no bone kernel (Convolution Kernel or Series Description, else a window wider than 1000 HU);
-    at least 80 % of the coverage of the study's longest series; thickness nearest to 5 mm; original rather than derived; most
-    slices; uid. ``bone`` wants a bone kernel first. ``thin`` wants soft tissue, coverage, then the thinnest. ``most_slices``
-    counts.
+
+WISHES = {
+    "soft_tissue": [
+        "is_elsewhere",
+        "is_projection",
+        "is_contrast",
+        "is_repeated",
+        "is_bone",
+        "is_part",
+        "off_thickness",
+    ],
+    "bone": ["is_elsewhere", "is_projection", "is_soft", "is_contrast", "is_repeated", "is_part", "off_thickness"],
+    "thin": ["is_elsewhere", "is_projection", "is_contrast", "is_repeated", "is_bone", "is_part", "thickness_mm"],
+    "most_slices": ["fewer_slices"],
+}
+"""What is asked of a study's series by each rule of `index.series`, in this order; then: original, not derived; most places; uid."""
+
+
+def choose_series(axial: pd.DataFrame, *, rule: str, chosen: list[str]) -> tuple[npt.NDArray[np.bool_], Floats]:
+    """Choose one series of each study from its usable axial slices, by the `WISHES`.
+
+    A series that holds slices of a bone kernel and of a soft one is two.
 
     Args:
         axial: the usable slices.
@@ -54,62 +84,94 @@ def choose_series(axial: pd.DataFrame, *, rule: str, chosen: list[str]) -> pd.Se
         chosen: uids of series that are taken whatever the rule says.
 
     Returns:
-        Study uid → series uid.
+        bool [slice], whether its series was chosen; and float64 [slice], by how many mm other series like it, of the same study, reach
+        beyond the chosen one: a head may be divided between two.
     """
-    pairs = axial.groupby(["study_uid", "series_uid"], sort=True).size().rename("slices").reset_index()
+    unit = _units(axial)
+    pairs = pd.DataFrame({"study_uid": axial["study_uid"], "unit": unit}).drop_duplicates()
     several = pairs["study_uid"].duplicated(keep=False)
-    alone = pairs[~several].set_index("study_uid")["series_uid"]
+    is_chosen, beyond_mm = np.ones(len(axial), bool), np.zeros(len(axial))
     if not several.any():
-        return alone
-    contested = axial[axial["study_uid"].isin(pairs.loc[several, "study_uid"])]
-    described = _describe_series(contested)
-    described["not_chosen"] = ~described["series_uid"].isin(chosen)
-    wishes = {
-        "soft_tissue": ["is_bone", "is_part", "off_thickness", "is_derived"],
-        "bone": ["is_soft", "is_part", "off_thickness", "is_derived"],
-        "thin": ["is_bone", "is_part", "thickness_mm", "is_derived"],
-        "most_slices": [],
-    }[rule]
-    described = described.sort_values(["study_uid", "not_chosen", *wishes, "fewer", "series_uid"])
-    best = described.drop_duplicates("study_uid").set_index("study_uid")["series_uid"]
-    return pd.concat([alone, best])
+        return is_chosen, beyond_mm
+    contested = axial["study_uid"].isin(pairs.loc[several, "study_uid"]).to_numpy()
+    slices, unit = axial[contested], unit[contested]
+    described = _describe_series(slices, unit)
+    described["not_chosen"] = ~described["unit"].str.partition(BETWEEN)[0].isin(chosen)
+    described = described.sort_values(["study_uid", "not_chosen", *WISHES[rule], "is_derived", "fewer", "unit"])
+    best = described.drop_duplicates("study_uid").set_index("study_uid")
+    is_chosen[contested] = unit.to_numpy() == slices["study_uid"].map(best["unit"]).to_numpy()
+    beyond_mm[contested] = slices["study_uid"].map(_reach_beyond(described, best)).to_numpy()
+    return is_chosen, beyond_mm
 
 
-def _describe_series(slices: pd.DataFrame) -> pd.DataFrame:
-    """One row a series, with what the rules ask of it; smaller is better."""
-    height_mm = (normals(slices) * slices[PLACE].to_numpy(float)).sum(axis=1)
+BETWEEN = "\\"
+"""Stands between a series' uid and a kernel: no uid holds it."""
+
+
+def _units(axial: pd.DataFrame) -> pd.Series:
+    """What is chosen between: a series, or of one that mixes kernels the slices of one of them."""
+    unit, kernel = axial["series_uid"], axial["kernel"]
+    if not ((kernel == "bone").any() and (kernel == "soft").any()):
+        return unit
+    kinds = kernel[kernel != ""].groupby(unit).nunique()
+    return unit.where(~unit.isin(kinds.index[kinds > 1]), unit + BETWEEN + kernel)
+
+
+def _describe_series(slices: pd.DataFrame, unit: pd.Series) -> pd.DataFrame:
+    """One row a unit, with what the rules ask of it; smaller is better."""
+    height_mm = (normals(slices) * centres(slices)).sum(axis=1)
     facts = pd.DataFrame(
         {
             "study_uid": slices["study_uid"],
-            "series_uid": slices["series_uid"],
+            "unit": unit,
             "height_mm": height_mm,
+            "place": height_mm.round(1),
             "thickness_mm": slices["thickness_mm"],
             "bone": (slices["kernel"] == "bone")
             | ((slices["kernel"] == "") & (slices["window_width"] > BONE_WIDTH_HU)),
             "derived": slices["image_type"].str.startswith("DERIVED"),
+            "elsewhere": slices["body"] == "other",
+            "projection": slices["projection"] == 1,
+            "contrast": slices["contrast"] == 1,
         }
     )
-    grouped = facts.groupby(["study_uid", "series_uid"], sort=True)
-    table = grouped.agg(
-        lowest_mm=("height_mm", "min"),
-        highest_mm=("height_mm", "max"),
-        slices=("height_mm", "size"),
-        thickness_mm=("thickness_mm", "median"),
-        bone=("bone", "mean"),
-        derived=("derived", "mean"),
-    ).reset_index()
+    table = (
+        facts.groupby(["study_uid", "unit"], sort=True)
+        .agg(
+            lowest_mm=("height_mm", "min"),
+            highest_mm=("height_mm", "max"),
+            slices=("height_mm", "size"),
+            places=("place", "nunique"),
+            thickness_mm=("thickness_mm", "median"),
+            **{name: (name, "mean") for name in ("bone", "derived", "elsewhere", "projection", "contrast")},
+        )
+        .reset_index()
+    )
     coverage_mm = table["highest_mm"] - table["lowest_mm"]
-    spacing_mm = coverage_mm / (table["slices"] - 1).clip(lower=1)
+    spacing_mm = coverage_mm / (table["places"] - 1).clip(lower=1)
     table["thickness_mm"] = table["thickness_mm"].where(table["thickness_mm"] > 0, spacing_mm)
-    longest_mm = coverage_mm.groupby(table["study_uid"]).transform("max")
-    table["is_part"] = coverage_mm < WHOLE_COVERAGE * longest_mm
-    table["is_bone"] = table["bone"] > 0.5
+    table["is_elsewhere"] = (table["elsewhere"] > 0.5) | (coverage_mm > LONGEST_HEAD_MM)
+    longest_mm = coverage_mm.where(~table["is_elsewhere"], 0).groupby(table["study_uid"]).transform("max")
+    table["is_part"] = coverage_mm < WHOLE_COVERAGE * longest_mm.clip(upper=HEAD_MM)
+    for name in ("bone", "derived", "projection", "contrast"):
+        table[f"is_{name}"] = table[name] > 0.5
     table["is_soft"] = ~table["is_bone"]
-    table["is_derived"] = table["derived"] > 0.5
+    table["is_repeated"] = table["slices"] >= REPEATED * table["places"]
     ratio = np.log2(table["thickness_mm"].clip(0.1, 100.0) / USUAL_THICKNESS_MM).abs()
     table["off_thickness"] = (ratio * 4).round()  # in steps of a fifth: 4.8 and 5 mm are one
-    table["fewer"] = -table["slices"]
+    table["fewer"], table["fewer_slices"] = -table["places"], -table["slices"]
     return table
+
+
+ALIKE = ["is_elsewhere", "is_projection", "is_contrast", "is_bone"]
+
+
+def _reach_beyond(described: pd.DataFrame, best: pd.DataFrame) -> pd.Series:
+    """Study uid → mm that other series like the chosen one reach beyond it, above and below."""
+    own = best.loc[described["study_uid"]]
+    alike = described[(described[ALIKE].to_numpy() == own[ALIKE].to_numpy()).all(axis=1)].groupby("study_uid")
+    below_mm, above_mm = best["lowest_mm"] - alike["lowest_mm"].min(), alike["highest_mm"].max() - best["highest_mm"]
+    return below_mm + above_mm
 
 
 def measure_positions(slices: pd.DataFrame) -> npt.NDArray[np.float64]:
@@ -134,7 +196,7 @@ def measure_positions(slices: pd.DataFrame) -> npt.NDArray[np.float64]:
     # the mean, and no digit that is but its rounding error: slices at one place must not be told apart by the order of files
     mean = np.column_stack([np.bincount(group, cosines[:, axis]) for axis in range(6)]) / counts[:, None]
     normal = normals(pd.DataFrame(mean, columns=ORIENTATION))[shared.reindex(series).to_numpy()]
-    return (normal * slices[PLACE].to_numpy(float)).sum(axis=1).round(6)
+    return (normal * centres(slices)).sum(axis=1).round(6)
 
 
 def measure_tilts(normal: Floats) -> npt.NDArray[np.float64]:

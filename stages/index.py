@@ -37,6 +37,8 @@ def _index(config: Config, arguments: argparse.Namespace) -> None:
     for name, counts in found["spacing"].items():
         if counts["slices"]:
             print(f"  {name.replace('_', ' '):14s}{counts['slices']:9,} slices in {counts['studies']:,} studies")
+    if count := found["studies_with_more_in_another_series"]:
+        print(f"  {count:,} studies have more of the head in another series than in the one that was chosen")
     refuse_too_many_exclusions(totals, most=config.index.max_excluded_fraction)
 
 

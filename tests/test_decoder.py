@@ -279,6 +279,15 @@ def test_sign_that_disagrees_with_the_jpeg_2000_header_is_the_data_sets() -> Non
     assert (decoded.dtype, decoded.min(), decoded.max()) == (np.int16, -2000, 1896)
 
 
+def test_signed_codestream_of_16_bits_is_signed_whatever_the_data_set_says() -> None:
+    stored = head(True)
+    dataset = pydicom.dcmread(io.BytesIO(compress(describe(stored, bits=16), JPEG2000Lossless)))
+    dataset.PixelRepresentation = 0
+    decoded = decode(write(dataset), rows=ROWS, columns=COLUMNS)
+    assert decoded.dtype == np.int16
+    np.testing.assert_array_equal(decoded, stored)
+
+
 def test_bits_above_bits_stored_are_not_seen() -> None:
     stored = head(False)
     content = compress(describe(stored | 0xA000, bits=12), RLELossless)

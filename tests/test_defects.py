@@ -45,9 +45,10 @@ from pydicom.uid import (
 
 from pipeline import header
 from pipeline.decoder import close
+from pipeline.errors import SourceError
 from pipeline.header import read_headers
 from pipeline.index import build_manifest
-from pipeline.manifest import REASONS
+from pipeline.manifest import REASONS, account, refuse_too_many_exclusions
 from pipeline.phantom.dicom_writer import StoredForm
 from pipeline.place import HEAD_BYTES, Place, read_head
 from pipeline.preprocess import preprocess
@@ -353,6 +354,46 @@ def test_tagged_padding_that_would_be_tissue_is_set_to_air(cohort: Cohort, paddi
     put_neighbours(cohort)
     dataset = padded(ct(**form), padding & (1 << form["bits"]) - 1)
     dataset.add_new(0x00280120, "US", padding)
+    put(cohort, "0.dcm", dataset)
+    found = run(cohort)
+    assert found.reasons["0.dcm"] == "padding"
+    assert_shows(found.pixels["1.2.3.0"], np.where(outside(), -1024, head()))
+
+
+@pytest.mark.parametrize(
+    ("form", "padding", "reason"),
+    [
+        ({"bits": 16}, 63536, "padding"),  # beyond every scanner's range
+        ({"bits": 16, "signed": True, "intercept": 0}, 32767, "padding"),
+        ({"PhotometricInterpretation": "MONOCHROME1", "inverted": True}, 0, "inverted"),  # air, until it is turned
+        ({"PhotometricInterpretation": "MONOCHROME1"}, 4095, "padding"),
+        ({"wrapped": True}, 2096, "wrap_12bit"),
+    ],
+)
+def test_padding_is_found_before_anything_is_judged_by_its_values(
+    cohort: Cohort, form: dict[str, Any], padding: int, reason: str
+) -> None:
+    put_neighbours(cohort)
+    is_inverted, is_wrapped = form.pop("inverted", False), form.pop("wrapped", False)
+    dataset = ct(**form)
+    if is_wrapped:
+        dataset = ct(intercept=0, pixels_hu=np.where(head() < 0, head() + 4096, head()))
+    if is_inverted:
+        dataset = with_stored(dataset, lambda stored: 4095 - stored)
+    dataset = padded(dataset, padding)
+    dataset.add_new(0x00280120, "US", padding)
+    put(cohort, "0.dcm", dataset)
+    found = run(cohort)
+    assert found.reasons["0.dcm"] == reason
+    assert_shows(found.pixels["1.2.3.0"], np.where(outside(), -1024, head()))
+
+
+def test_range_of_padding_is_padding(cohort: Cohort) -> None:
+    put_neighbours(cohort)
+    noise = np.random.default_rng(0).integers(4090, 4096, (SIZE, SIZE))
+    dataset = with_stored(ct(), lambda stored: np.where(outside(), noise, stored))
+    dataset.add_new(0x00280120, "US", 4090)
+    dataset.add_new(0x00280121, "US", 4095)
     put(cohort, "0.dcm", dataset)
     found = run(cohort)
     assert found.reasons["0.dcm"] == "padding"
@@ -673,7 +714,7 @@ def test_each_other_file_gets_its_own_reason(cohort: Cohort) -> None:
         "localizer": (ct(17, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "localizer"),
         "sagittal": (sagittal, "not_axial"),
         "oblique by 53 degrees": (oblique, "not_axial"),
-        "dose report": (report, "no_pixels"),
+        "dose report": (report, "not_ct"),
         "DICOMDIR": (directory, "dicomdir"),
         "several frames": (ct(18, SOPClassUID=stack, NumberOfFrames=2, PixelData=ct().PixelData * 2), "multi_frame"),
         "two values a pixel": (ct(19, HighBit=15), "high_bit"),
@@ -878,6 +919,67 @@ def test_same_slice_twice_is_used_once_however_it_is_written(cohort: Cohort) -> 
     assert_shows(found.pixels["1.2.3.1"], head(1))
 
 
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"WindowCenter": 600, "WindowWidth": 2800},
+        {"SeriesDescription": "BONE"},
+        {"ImageType": ["DERIVED", "SECONDARY", "AXIAL"]},
+        {"bits": 16},
+        {"PixelPaddingValue": 0},
+        {"ImagePositionPatient": [-8, -8, 5.00001]},
+        {"PatientID": None},
+        {"SliceThickness": 5},
+    ],
+    ids=lambda elements: str(next(iter(elements))),
+)
+def test_same_slice_exported_with_another_header_is_used_once(cohort: Cohort, elements: dict[str, Any]) -> None:
+    put_neighbours(cohort)
+    put(cohort, "b", ct(1, **elements))
+    assert run(cohort).reasons == {"1.dcm": "", "2.dcm": "", "b": "duplicate"}
+
+
+def test_slice_that_names_no_patient_is_its_studys(cohort: Cohort) -> None:
+    put_neighbours(cohort)
+    put(cohort, "unnamed", ct(3, PatientID=""))
+    put(cohort, "another", ct(4, PatientID=None, StudyInstanceUID="1.2.8"))
+    found = run(cohort)
+    assert set(found.reasons.values()) == {""}
+    keys = found.manifest.set_index("path")["patient_key"]
+    assert keys["unnamed"] == keys["1.dcm"] != keys["another"]
+    assert set(keys.str.len()) == {16}
+
+
+def test_maps_that_are_no_hu_are_named(cohort: Cohort) -> None:
+    put_neighbours(cohort)
+    for k, kind in enumerate(("HU", "HU_MOD", "US", ""), start=3):
+        put(cohort, f"{k}", ct(k, RescaleType=kind))
+    put(cohort, "effective atomic number", ct(9, RescaleType="Z_EFF"))
+    frames = enhanced(StudyInstanceUID="1.2.7", SOPInstanceUID="1.2.7.1")
+    frames.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence[0].RescaleType = "ED"
+    put(cohort, "electron density", frames)
+    found = run(cohort)
+    assert {name for name, reason in found.reasons.items() if reason} == {"effective atomic number", "electron density"}
+    assert {found.reasons[name] for name in ("effective atomic number", "electron density")} == {"not_hu"}
+
+
+def test_scouts_reports_and_reformats_are_no_defects(cohort: Cohort) -> None:
+    """A whole study of a hospital, under the bound that params.yaml sets."""
+    put_neighbours(cohort)
+    put(cohort, "scout", ct(3, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]))
+    put(cohort, "report", ct(4, Modality="SR", PixelData=None))
+    for k in range(5, 20):
+        put(cohort, f"coronal {k}", ct(k, SeriesInstanceUID="1.2.5", ImageOrientationPatient=[1, 0, 0, 0, 0, -1]))
+    manifest, _, _ = build_manifest(cohort.config())
+    totals = account(manifest)
+    assert totals["excluded"] == 17
+    refuse_too_many_exclusions(totals, most=0.0)
+    put(cohort, "cut", written(ct(20))[:-300])
+    totals = account(build_manifest(cohort.config())[0])
+    with pytest.raises(SourceError, match=r"^1 of 3 slices are excluded by defect \(33.3%\)"):
+        refuse_too_many_exclusions(totals, most=0.3)
+
+
 def test_same_slice_in_two_sources_is_used_once(cohort: Cohort) -> None:
     put_neighbours(cohort)
     put(cohort, "../other/2.dcm", ct(2))
@@ -988,6 +1090,15 @@ def test_enhanced_ct_of_one_frame_and_converted_ones_are_used(cohort: Cohort) ->
     assert found.manifest["status"].tolist() == ["used"] * 5
     assert_shows(found.pixels["1.2.4#1"], head(0))
     assert_shows(found.pixels["1.2.3#4"], head(3))
+
+
+def test_frames_without_a_rescale_of_their_own_have_the_files(cohort: Cohort) -> None:
+    dataset = enhanced(RescaleIntercept=-1024, RescaleSlope=1)
+    del dataset.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence
+    put(cohort, "frames.dcm", dataset)
+    found = run(cohort)
+    assert set(found.manifest["status"]) == {"used"}
+    assert_shows(found.pixels["1.2.3#1"], head(0))
 
 
 def test_frames_are_judged_each_by_itself(cohort: Cohort) -> None:

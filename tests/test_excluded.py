@@ -68,20 +68,36 @@ def test_what_can_be_decoded_is_drawn(cohort: Cohort, run_stage: Callable[..., A
     assert ((picture == (250, 10, 10)).all(axis=-1)).sum() >= 64 * 64
 
 
+def test_file_that_was_replaced_by_a_better_one_is_no_longer_listed(
+    cohort: Cohort, run_stage: Callable[..., Any]
+) -> None:
+    names = cohort.add_study(1, 4)
+    path = cohort.dicom / f"{names[2]}.dcm"
+    content = path.read_bytes()
+    path.write_bytes(content[:-8192] + np.random.default_rng(0).integers(0, 4096, 4096, np.uint16).tobytes())
+    cohort.write_params()
+    for stage in ("index", "preprocess"):
+        assert run_stage(stage).code == 0
+    assert "(garbage)" in run_stage("inspect", "--excluded").out
+    path.write_bytes(content)
+    assert run_stage("index").code == 0
+    assert "garbage" not in run_stage("inspect", "--excluded").out
+
+
 def test_too_many_exclusions_are_an_error_and_can_be_looked_at(cohort: Cohort, run_stage: Callable[..., Any]) -> None:
     spoil(cohort)
     cohort.write_params(index__max_excluded_fraction=0.3)
-    assert run_stage("index").code == 0  # 2 of 10 by their headers; another series is no defect
+    assert run_stage("index").code == 0  # 1 of 8 by their headers; a capture and another series are no defects
     ran = run_stage("preprocess")
     assert ran.code == 1
-    assert "4 of 10 are excluded (40.0%), more than index.max_excluded_fraction = 0.3 allows" in ran.err
+    assert "3 of 8 slices are excluded by defect (37.5%), more than index.max_excluded_fraction = 0.3 allows" in ran.err
     assert "Traceback" not in ran.err
     assert not (cohort.data / "store.zarr").exists()
     assert "(garbage)" in run_stage("inspect", "--excluded").out
     cohort.write_params(index__max_excluded_fraction=0.1)
     ran = run_stage("index")
     assert ran.code == 1
-    assert "2 of 10 are excluded (20.0%)" in ran.err
+    assert "1 of 8 slices are excluded by defect (12.5%)" in ran.err
     assert "(colour)" in run_stage("inspect", "--excluded").out
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.garbage import _count, is_garbage
-from pipeline.hounsfield import clear_padding, invert, is_inverted, is_wrapped, unwrap
+from pipeline.hounsfield import find_padding, invert, is_inverted, is_wrapped, set_to_air, unwrap
 
 
 def test_only_unsigned_12_bit_with_intercept_near_zero_is_wrapped() -> None:
@@ -74,10 +74,10 @@ def test_compiled_or_not_a_sample_counts_the_same(kind: str, slope: int, interce
 @pytest.mark.parametrize("kind", ["uint16", "int16"])
 def test_negative_is_noticed_and_turned_positive(kind: str) -> None:
     stored = (head_like() + 1024).clip(0, 4095).astype(kind)
-    assert not is_inverted(stored, slope=1, intercept=-1024)
+    assert not is_inverted(stored, None, slope=1, intercept=-1024)
     limits = 4095 if kind == "uint16" else -1
     negative = (limits - stored.astype(int)).astype(kind)
-    assert is_inverted(negative, slope=1, intercept=-1024 if kind == "uint16" else 1024)
+    assert is_inverted(negative, None, slope=1, intercept=-1024 if kind == "uint16" else 1024)
     np.testing.assert_array_equal(invert(negative, bits_stored=12), stored)
 
 
@@ -85,9 +85,18 @@ def test_tagged_padding_becomes_air_outside_the_head_and_water_stays_water() -> 
     pixels_hu = head_like()
     pixels_hu[pixels_hu < -900] = 0  # padding of 0: as water
     inside = pixels_hu[128, 128] = 0
-    assert clear_padding(pixels_hu, padding=0, slope=1, intercept=0)
+    padded = find_padding(pixels_hu, padding=0, limit=np.nan)
+    assert padded is not None
+    set_to_air(pixels_hu, padded, slope=1, intercept=0)
     assert pixels_hu[0, 0] == -1024
     assert pixels_hu[128, 128] == inside
-    assert not clear_padding(pixels_hu, padding=np.nan, slope=1, intercept=0)
-    assert not clear_padding(pixels_hu, padding=-2000, slope=1, intercept=-1024)
-    assert not clear_padding(pixels_hu, padding=77, slope=1, intercept=0)
+    for absent in (np.nan, -2000, 77):
+        assert find_padding(pixels_hu, padding=absent, limit=np.nan) is None
+
+
+def test_range_of_padding_is_padding_whichever_end_is_named_first() -> None:
+    stored = (head_like() + 1024).clip(0, 4095).astype(np.uint16)
+    ring = np.hypot(*(np.mgrid[:256, :256] - 127.5)) > 120
+    stored[ring] = np.random.default_rng(0).integers(4090, 4096, ring.sum())
+    for padding, limit in ((4090, 4095), (4095, 4090)):
+        np.testing.assert_array_equal(find_padding(stored, padding=padding, limit=limit), ring)

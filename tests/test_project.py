@@ -24,7 +24,7 @@ LAYERS = [
         "hounsfield",
         "garbage",
         "resample",
-        "kernel",
+        "purpose",
         "series",
         "augment",
         "loss",
@@ -46,7 +46,7 @@ LAYERS = [
         "manifest",
         "checkpoint",
     ],
-    ["processes", "live", "cluster", "loader", "sequence", "inference", "parts", "flow", "contrast"],
+    ["processes", "live", "cluster", "loader", "sequence", "inference", "parts", "flow"],
     [
         "survey",
         "trained",
@@ -67,7 +67,7 @@ LAYERS = [
 """Words → pure functions → data at rest → data in motion → the run. Within a layer, imports go to names further left."""
 
 OWNERS = {
-    "pydicom": {"contrast", "decoder", "dicom_out", "header", "pixels", "phantom.dicom_writer"},
+    "pydicom": {"decoder", "dicom_out", "header", "pixels", "phantom.dicom_writer"},
     "highdicom": {"dicom_out"},
     "zarr": {"store"},
     "dask": {"cluster"},

@@ -106,6 +106,14 @@ def test_areas_are_averaged_as_opencv_does(kind: type, ratio: int, turned: bool)
     np.testing.assert_array_equal(convert(given, size=16)[..., 0], np.rint(expected.clip(0, 255)))
 
 
+def test_axis_that_shrinks_is_averaged_though_the_other_grows() -> None:
+    """Many short rows: each pixel of the result is the mean of what lies in it."""
+    stored = np.repeat(np.random.default_rng(0).integers(0, 255, (128, 1)), 16, axis=1).astype(np.int16)
+    found = convert(stored, size=32, spacing_mm=(0.125, 1.0))[..., 0]
+    expected = stored.reshape(32, 4, 16).mean(axis=(1, 2))
+    np.testing.assert_allclose(found, np.repeat(expected[:, None], 32, axis=1), atol=0.5)
+
+
 def test_resampling_comes_before_the_window() -> None:
     edge = np.array([[40, 3000], [40, 3000]], np.int16)  # half blood, half bone
     window = {"brain": Window(centre=40, width=80)}

@@ -12,8 +12,8 @@ import pydicom
 import pytest
 
 from pipeline.index import build_manifest
-from pipeline.kernel import kernel_class
 from pipeline.manifest import EXCLUDED
+from pipeline.purpose import kernel_class
 from pipeline.series import (
     COLUMN,
     ORIENTATION,
@@ -48,12 +48,17 @@ def stack(
     table[PLACE] = np.column_stack([np.full(count, -100.0), np.full(count, -90.0), heights])
     table[ORIENTATION] = orientation or AXIAL
     values = {"thickness_mm": spacing_mm, "kernel": "", "window_width": 80.0, "image_type": "ORIGINAL\\PRIMARY\\AXIAL"}
+    values |= {"body": "", "contrast": -1, "projection": 0}
+    values |= {"rows": 512, "columns": 512, "row_spacing_mm": 0.5, "column_spacing_mm": 0.5}
     return table.assign(**(values | columns))
 
 
 def chosen_of(*series: pd.DataFrame, rule: str = "soft_tissue", chosen: tuple[str, ...] = ()) -> str:
+    """The one series that is chosen, of one study."""
     table = pd.concat(series, ignore_index=True)
-    return str(choose_series(table, rule=rule, chosen=list(chosen))["study"])
+    is_chosen, _ = choose_series(table, rule=rule, chosen=list(chosen))
+    (uid,) = set(table.loc[is_chosen, "series_uid"])
+    return str(uid)
 
 
 # ---- the choice
@@ -121,6 +126,63 @@ def test_slightly_different_thickness_is_no_reason() -> None:
 
 
 @pytest.mark.parametrize(
+    "other",
+    [
+        {"contrast": 1},
+        {"contrast": 1, "thickness_mm": 5.0, "count": 32},
+        {"count": 350, "spacing_mm": 1.0, "contrast": 1},  # an angiography from the arch to the vertex
+        {"count": 350, "spacing_mm": 1.0},  # the same, whose header says nothing
+        {"count": 110, "spacing_mm": 2.0, "body": "other"},  # a cervical spine
+        {"count": 110, "spacing_mm": 2.0},
+        {"count": 130, "spacing_mm": 5.0},  # a trunk
+        {"count": 30, "spacing_mm": 5.0, "body": "other"},
+        {"count": 30, "spacing_mm": 5.0, "projection": 1},
+    ],
+    ids=lambda columns: " ".join(f"{name}={value}" for name, value in columns.items()),
+)
+def test_native_head_is_chosen_before_anything_else(other: dict[str, Any]) -> None:
+    head = stack("z head", count=32, spacing_mm=4.8, body="head")
+    another = stack("a other", **{"kernel": "soft", **other})
+    assert chosen_of(head, another) == "z head"
+    assert chosen_of(another, head) == "z head"
+    assert chosen_of(another) == "a other"  # where there is nothing else
+
+
+def test_projection_is_the_last_choice_though_it_is_thick() -> None:
+    thin = stack("z", count=60, spacing_mm=2.5, image_type="DERIVED\\SECONDARY\\AXIAL")
+    assert chosen_of(thin, stack("a", projection=1)) == "z"
+
+
+def test_perfusion_shows_the_same_places_again_and_again_and_is_left() -> None:
+    perfusion = pd.concat([stack("a", count=27)] * 20, ignore_index=True)
+    assert chosen_of(perfusion, stack("b", count=29)) == "b"
+
+
+def test_series_of_two_kernels_is_two() -> None:
+    """As older archives keep them: soft and bone at each place, under one uid."""
+    mixed = pd.concat([stack("a", count=20, kernel="soft"), stack("a", count=20, kernel="bone")], ignore_index=True)
+    for rule, kernel in (("soft_tissue", "soft"), ("bone", "bone")):
+        is_chosen, _ = choose_series(mixed, rule=rule, chosen=[])
+        assert (is_chosen == (mixed["kernel"] == kernel)).all()
+    is_chosen, _ = choose_series(pd.concat([mixed, stack("b", kernel="bone")]), rule="bone", chosen=["a"])
+    assert is_chosen.sum() == 20
+
+
+def test_head_divided_between_two_series_is_told() -> None:
+    base = stack("base", count=20, spacing_mm=3.0, kernel="soft")
+    cerebrum = stack("cerebrum", count=14, spacing_mm=7.0, start_mm=60.0, kernel="soft")
+    table = pd.concat([base, cerebrum, stack("bone", count=200, spacing_mm=1.0, kernel="bone")], ignore_index=True)
+    is_chosen, beyond_mm = choose_series(table, rule="soft_tissue", chosen=[])
+    assert set(table.loc[is_chosen, "series_uid"]) == {"cerebrum"}
+    assert set(beyond_mm) == {60.0}
+    whole = stack("whole", count=30, kernel="soft")
+    _, beyond_mm = choose_series(
+        pd.concat([whole, stack("thin", count=150, spacing_mm=1.0)]), rule="soft_tissue", chosen=[]
+    )
+    assert set(beyond_mm) == {4.0}
+
+
+@pytest.mark.parametrize(
     ("rule", "expected"),
     [("soft_tissue", "thick soft"), ("bone", "thin bone"), ("thin", "thin soft"), ("most_slices", "thin bone")],
 )
@@ -144,7 +206,8 @@ def test_tie_goes_to_the_first_uid_in_whatever_order_the_files_come() -> None:
     series = [stack(uid) for uid in ("c", "a", "b")]
     assert {chosen_of(*(series[i] for i in order)) for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0))} == {"a"}
     table = pd.concat(series).sample(frac=1, random_state=0)
-    assert choose_series(table, rule="soft_tissue", chosen=[])["study"] == "a"
+    is_chosen, _ = choose_series(table, rule="soft_tissue", chosen=[])
+    assert (is_chosen == (table["series_uid"] == "a")).all()
 
 
 def test_each_study_is_chosen_for_by_itself() -> None:
@@ -157,8 +220,9 @@ def test_each_study_is_chosen_for_by_itself() -> None:
             stack("3 soft", study="3", count=29),
         ]
     )
-    found = choose_series(table, rule="soft_tissue", chosen=[])
-    assert found.to_dict() == {"1": "1 long", "2": "2 short", "3": "3 soft"}
+    is_chosen, _ = choose_series(table, rule="soft_tissue", chosen=[])
+    assert set(table.loc[is_chosen, "series_uid"]) == {"1 long", "2 short", "3 soft"}
+    assert is_chosen.sum() == 40 + 10 + 29
 
 
 def test_parameters_reach_the_choice(cohort: Cohort) -> None:
@@ -258,7 +322,8 @@ def tilted(degrees: float) -> list[float]:
 
 
 def plain_positions(slices: pd.DataFrame) -> np.ndarray:
-    """One series after the other: the most frequent orientation, its normal to the head's end, and a dot product."""
+    """One series after the other: the most frequent orientation, its normal to the head's end, and a dot product with each slice's
+    centre, 255.5 pixels of 0.5 mm along its rows and columns."""
     found = pd.Series(np.nan, index=slices.index)
     for _, series in slices.groupby("series_uid"):
         rounded = [tuple(row) for row in series[ORIENTATION].to_numpy(float).round(3)]
@@ -266,7 +331,11 @@ def plain_positions(slices: pd.DataFrame) -> np.ndarray:
         first = series.iloc[rounded.index(most)]
         normal = np.cross(first[ROW].to_numpy(float), first[COLUMN].to_numpy(float))
         normal = normal / np.linalg.norm(normal) * (1 if normal[2] >= 0 else -1)
-        found[series.index] = series[PLACE].to_numpy(float) @ normal
+        for index, one in series.iterrows():
+            centre = (
+                one[PLACE].to_numpy(float) + 127.75 * one[ROW].to_numpy(float) + 127.75 * one[COLUMN].to_numpy(float)
+            )
+            found[index] = centre @ normal
     return found.to_numpy()
 
 
@@ -306,6 +375,18 @@ def test_positions_do_not_depend_on_the_order_of_the_files() -> None:
     for seed in range(5):
         order = np.random.default_rng(seed).permutation(40)
         np.testing.assert_array_equal(measure_positions(table.iloc[order].reset_index(drop=True)), first[order])
+
+
+@pytest.mark.parametrize("degrees", [-25, -10, 10, 25])
+def test_blocks_of_two_gantry_angles_are_not_interleaved(degrees: float) -> None:
+    """The skull base with the gantry tilted, the rest upright: the first pixel of a tilted slice lies centimetres off."""
+    orientation = tilted(degrees)
+    base, rest = stack("a", count=8, orientation=orientation), stack("a", count=20)
+    for table, heights_mm in ((base, 5.0 * np.arange(8)), (rest, 45.0 + 5.0 * np.arange(20))):
+        centre = np.column_stack([np.zeros_like(heights_mm), np.zeros_like(heights_mm), heights_mm])
+        table[PLACE] = centre - 127.75 * table[ROW].to_numpy(float) - 127.75 * table[COLUMN].to_numpy(float)
+    position_mm = measure_positions(pd.concat([base, rest], ignore_index=True))
+    np.testing.assert_allclose(position_mm, 5.0 * np.r_[0:8, 9:29], atol=1e-6)
 
 
 def test_no_slice_has_no_position() -> None:
