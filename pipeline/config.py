@@ -127,7 +127,7 @@ class PreprocessConfig(Section):
     crop: Literal["none", "head"]
     windows: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Window], Field(min_length=1)]
     workers: Natural | Literal["auto"]
-    scheduler: str | None
+    scheduler: Annotated[str, Field(min_length=1)] | None
 
 
 class FoldsConfig(Section):

@@ -27,5 +27,9 @@ class DamageError(StoreError):
     """A chunk of the store is missing, cut short, or does not agree with its checksum."""
 
 
+class ReplacedError(StoreError):
+    """The store was replaced by another while it was read."""
+
+
 class CheckpointError(IchorError):
     """A checkpoint or a finished fold belongs to other parameters or to another store."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -69,33 +70,59 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network file systems have nothing of the kind for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
 
+def aside(final: Path, kind: str) -> Path:
+    """A name beside `final` for a ``new`` or ``old`` one, for as long as this process needs it."""
+    return final.with_name(f".{final.name}.{os.getpid()}.{kind}")
+
+
+def left_aside(final: Path, kind: str) -> list[Path]:
+    """What killed runs left under such names, the latest last."""
+    found = final.parent.glob(f".{glob.escape(final.name)}.[0-9]*.{kind}")
+    return sorted(found, key=lambda path: path.lstat().st_mtime_ns)
+
+
 def replace_folder(new: Path, final: Path) -> None:
-    """Put the whole folder `new` in the place of `final`, which may exist."""
-    old = final.with_name(f".{final.name}.{os.getpid()}.old")
+    """Put the whole folder `new` in the place of `final`, which may exist; it stays where that fails."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(new, final)
+    old = aside(final, "old")
+    try:
+        if final.exists():
+            os.replace(final, old)
+        os.replace(new, final)
+    except BaseException:  # a signal among them
+        if old.exists() and not final.exists():
+            os.replace(old, final)
+        raise
     sync(final.parent)
-    remove_leftovers(final.parent, f".{final.name}.*.old")  # one that was killed here before may have left its own
+    for path in left_aside(final, "old"):  # one that was killed here before may have left its own
+        remove_folder(path)
+
+
+def restore_folder(final: Path) -> None:
+    """Give back what a run that was killed within `replace_folder` had put aside. Only for who knows that nobody else is at work."""
+    left = left_aside(final, "old")
+    if left and not final.exists():
+        os.replace(left[-1], final)
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove what killed runs left under temporary names. Only for who knows that nobody else is at work there."""
+    """Remove files that killed runs left under temporary names. Only for who knows that nobody else is at work there."""
     for path in folder.glob(pattern):
-        if path.is_dir():
-            remove_folder(path)
-        else:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder if it is there; its files may be read-only, as DVC leaves them."""
-    if path.exists():
+    """Remove a folder if it is there, or a link to one; its files may be read-only, as DVC leaves them."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
         shutil.rmtree(path)
 
 
@@ -138,8 +165,17 @@ def human_bytes(count: float) -> str:
 
 
 @contextmanager
-def only_one(lock: Path, what: str) -> Iterator[None]:
+def only_one(
+    lock: Path, what: str, *, where: Path | None = None, otherwise: str = "or give --data", is_kept: bool = True
+) -> Iterator[None]:
     """Let one process at a time do `what`; the lock goes with the process, however it ends.
+
+    Args:
+        lock: a file; two folders above it is what is locked.
+        what: said in the message.
+        where: what is locked instead.
+        otherwise: what else than to wait.
+        is_kept: whether the lock's file stays.
 
     Raises:
         IchorError: another one is at it.
@@ -148,8 +184,19 @@ def only_one(lock: Path, what: str) -> Iterator[None]:
     with lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not is_kept and not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                raise BlockingIOError  # it is that of a run which has just removed its own
+        except (BlockingIOError, FileNotFoundError):
             raise IchorError(
-                f"{lock}: another {what} is running on {lock.parent.parent}; wait for it or give --data"
+                f"{lock}: another {what} is running on {where or lock.parent.parent}; wait for it {otherwise}"
             ) from None
-        yield
+        except OSError as error:
+            raise IchorError(
+                f"{lock}: this file system gives no locks ({error.strerror}), so that two runs could not be kept apart; mount it with "
+                f"locks (Lustre: -o flock) or put it on another one with --data"
+            ) from None
+        try:
+            yield
+        finally:
+            if not is_kept:
+                lock.unlink(missing_ok=True)

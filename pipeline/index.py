@@ -36,7 +36,7 @@ from pipeline.series import (
     measure_tilts,
     normals,
 )
-from pipeline.source import FILE_COLUMNS, IDENTITY, containers, find_files
+from pipeline.source import FILE_COLUMNS, IDENTITY, containers, find_files, one_of_each_source
 
 HEADER_VERSION = "4"
 """Raise it when `read_headers` reads more or otherwise: an older header table is then read anew."""
@@ -160,20 +160,22 @@ def _read_new(new: pd.DataFrame, config: Config) -> pd.DataFrame:
     )
     parts = []
     with Progress(len(new), what="headers", unit="files") as progress:
-        for part in _run(_read_header_batch, tasks, len(new), config):
+        for part in _run(_read_header_batch, tasks, new, config):
             parts.append(part)
             progress.advance(part.index.nunique())
     return pd.concat(parts)
 
 
-def _run(function: Any, tasks: Iterator[Any], count: int, config: Config) -> Iterator[Any]:
-    workers = 0 if count <= FILES_PER_TASK else config.preprocess.workers  # not worth starting processes for
+def _run(function: Any, tasks: Iterator[Any], files: pd.DataFrame, config: Config) -> Iterator[Any]:
+    workers = 0 if len(files) <= FILES_PER_TASK else config.preprocess.workers  # not worth starting processes for
+    seen = one_of_each_source(config.source.entries, files)
     return run_tasks(
         function,
         tasks,
         workers=workers,
         scheduler=config.preprocess.scheduler,
         describe=lambda task: task[1][0].container,
+        seen=seen,
     )
 
 
@@ -245,7 +247,9 @@ def _header_faults(files: pd.DataFrame, normal: np.ndarray) -> pd.Series:
         | ~files["signed"].isin([0, 1]),
         "high_bit": (files["high_bit"] >= 0) & (files["high_bit"] != files["bits_stored"] - 1),
         "no_identifiers": (files["modality"] == "")
-        | (files["study_uid"] == "") | (files["series_uid"] == "") | (files["image_id"] == ""),
+        | (files["study_uid"] == "")
+        | (files["series_uid"] == "")
+        | (files["image_id"] == ""),
         "no_geometry": ~np.isfinite(files[[*PLACE, *ORIENTATION]].to_numpy(float)).all(axis=1)
         | ~(np.isfinite(spacing) & (spacing > 0)).all(axis=1),
         "not_axial": ~axial,
@@ -294,7 +298,7 @@ def _compare_duplicates(headers: pd.DataFrame, reason: pd.Series, config: Config
         for part in (undigested.iloc[start : start + 64] for start in range(0, len(undigested), 64))
     )
     with Progress(len(undigested), what="slices that share an identifier", unit="slices") as progress:
-        for index, digests in _run(_digest_batch, tasks, len(undigested), config):
+        for index, digests in _run(_digest_batch, tasks, undigested, config):
             headers.loc[index, "pixel_digest"] = digests
             progress.advance(len(index))
     shared = headers.loc[shared.index]

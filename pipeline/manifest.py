@@ -10,6 +10,7 @@ follow by path.
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +76,19 @@ NO_DEFECTS = (*BY_CHOICE, *BY_KIND)
 """Exclusions of what was chosen against, or is no axial slice and does not claim to be: a whole study of a hospital holds scouts,
 reports, reformats and captures. They do not count towards `index.max_excluded_fraction`."""
 
-PERHAPS_MENDED = ("changed", "zip_damaged")
-"""Faults of where a file lies, not of the file: they are not remembered, so that a disk that was away, or a zip that is fetched
-anew, is asked again."""
+PERHAPS_MENDED = ("changed", "zip_damaged", "decoder_died", "decoder_hung")
+"""Faults of where a file lies, or of the machine, and perhaps not of the file: they are not remembered, so that a disk that was away, a
+zip that is fetched anew, or a decoder that had no memory, is asked again."""
 
 SPACINGS = ("hole", "overlap", "same_position")
 """What `spacing` says of the distance to the slice below, where it is not as it should be."""
 
 
-def read_manifest(path: Path) -> pd.DataFrame:
+def read_manifest(path: Path) -> tuple[pd.DataFrame, str]:
     """Read a manifest.
+
+    Returns:
+        The manifest, and the SHA-256 of its file.
 
     Raises:
         SourceError: there is none.
@@ -92,7 +96,8 @@ def read_manifest(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise SourceError(f"{path}: no manifest; run `python -m stages.index` (or `dvc repro`) first")
     try:
-        return pd.read_parquet(path)
+        content = path.read_bytes()  # once: another run of index may replace the file at any moment
+        return pd.read_parquet(io.BytesIO(content)), hashlib.sha256(content).hexdigest()
     except (OSError, ValueError) as error:
         raise SourceError(f"{path}: cannot be read ({error}); run `python -m stages.index` again") from None
 
@@ -101,11 +106,6 @@ def write_manifest(path: Path, manifest: pd.DataFrame) -> None:
     """Write a manifest whole, its totals asserted first."""
     account(manifest)
     write_parquet(path, manifest)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of the manifest's file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def account(manifest: pd.DataFrame) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -43,17 +42,16 @@ from pipeline.files import (
     is_disk_full,
     only_one,
     remove_leftovers,
-    replace_folder,
     require_free_space,
     write_parquet,
 )
 from pipeline.labels import LABELS, UNKNOWN
 from pipeline.manifest import EXCLUDED, PERHAPS_MENDED, REASONS, account, kept, refuse_too_many_exclusions
 from pipeline.progress import Progress
+from pipeline.publish import Target
 from pipeline.series import ORIENTATION, turn_cosines
-from pipeline.source import IDENTITY, containers, is_there
-from pipeline.storage import URL, open_storage
-from pipeline.store import STUDY_ARRAYS, StoreContent, require_target, send_store, slice_axis, write_store
+from pipeline.source import IDENTITY, containers, is_there, one_of_each_source
+from pipeline.store import STUDY_ARRAYS, StoreContent, slice_axis, write_store
 
 SLICES_PER_TASK = 512
 """About a quarter of a second of work: long enough to hide Dask's overhead, 10 ms a task, short enough to lose little."""
@@ -95,11 +93,10 @@ def preprocess(
         SourceError: the source is gone, files changed since `index` read them, or too many could not be used; what is finished
             is kept.
     """
-    if store and not URL.match(store):
-        require_target(store)
     wip = data / "wip" / "shards"
     wip.mkdir(parents=True, exist_ok=True)
-    with only_one(data / "wip" / "preprocess.lock", "preprocess"):
+    target = Target(store, data)
+    with only_one(data / "wip" / "preprocess.lock", "preprocess"), target.claimed():
         slices = kept(manifest).reset_index(drop=True)
         plan = Plan(slices, config, wip)
         results = {name: result for name in plan.fingerprints if (result := _read_result(wip, name))}
@@ -116,8 +113,10 @@ def preprocess(
         write_parquet(data / "preprocess" / "faults.parquet", changed)
         totals = account(final)
         refuse_too_many_exclusions(totals, most=config.index.max_excluded_fraction)
+        for folder in (wip, data / "preprocess"):
+            remove_leftovers(folder, ".*.tmp")
         attributes = {"manifest_sha256": manifest_digest, "accounting": totals}
-        _publish(config.preprocess, slices, in_order, data=data, attributes=attributes, store=store)
+        _publish(config.preprocess, slices, in_order, wip, attributes, target)
     return totals, changed
 
 
@@ -128,6 +127,7 @@ class Plan:
         self.config, self.wip = config.preprocess, wip.absolute()
         self.bounds = _study_bounds(slices)
         self._containers = containers(config.source.entries, slices)
+        self.seen = one_of_each_source(config.source.entries, slices)
         self._columns = {
             name: slices[name].to_numpy(object if slices[name].dtype == "str" else None) for name in SliceFacts._fields
         }
@@ -233,12 +233,21 @@ def _make_all(plan: Plan, waiting: Sequence[int], config: PreprocessConfig, wip:
     if not total:
         return
     faults = studies = done = stored_bytes = 0
-    with Progress(total, what="preprocess", unit="slices") as progress:
+    # a file that only who has the same folder of work sees
+    with (
+        NamedTemporaryFile(dir=wip.absolute(), prefix=".driver-", suffix=".tmp") as token,
+        Progress(total, what="preprocess", unit="slices") as progress,
+    ):
         workers = 0 if total <= SLICES_PER_TASK else config.workers  # not worth starting processes for
         try:
             batches = _batches(plan, waiting)
             for results in run_tasks(
-                make_shards, batches, workers=workers, scheduler=config.scheduler, describe=_describe
+                make_shards,
+                batches,
+                workers=workers,
+                scheduler=config.scheduler,
+                describe=_describe,
+                seen=[*plan.seen, token.name],
             ):
                 studies += len(results)
                 faults += sum(REASONS[code][0] == EXCLUDED for result in results for code in result.faults.values())
@@ -298,49 +307,39 @@ def _publish(
     config: PreprocessConfig,
     slices: pd.DataFrame,
     results: Sequence[StudyResult],
-    *,
-    data: Path,
+    wip: Path,
     attributes: dict[str, Any],
-    store: str | None,
+    target: Target,
 ) -> None:
-    """Gather the shards into a store under a temporary name, and rename it, or send it where it is wanted."""
+    """Gather the shards into a store, and put it where it is wanted."""
     is_kept = np.concatenate([result.kept for result in results])
     slices = slices[is_kept].reset_index(drop=True)
     if slices.empty:
         raise SourceError("no slice's pixels could be read; see the reasons above")
     alive = [result for result in results if any(result.kept)]
-    content = _gather(slices, alive)
     shards = {
-        (study, part): shard_path(data / "wip" / "shards", result.fingerprint, part)
+        (study, part): shard_path(wip, result.fingerprint, part)
         for study, result in enumerate(alive)
         for part in range(count_parts(sum(result.kept)))
     }
-    url = store if store and URL.match(store) else None
-    final = Path(store) if store and not url else data / "store.zarr"
-    temporary, leftovers = data / "wip" / f"store-{os.getpid()}.zarr", "store-*.zarr"
-    if store and not url:  # perhaps on another disk, to which no folder can be moved
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary, leftovers = final.absolute().with_name(f".{final.name}.{os.getpid()}.new"), f".{final.name}.*.new"
-    remove_leftovers(temporary.parent, leftovers)
-    for folder in (data / "wip" / "shards", data / "preprocess"):
-        remove_leftovers(folder, ".*.tmp")
+    size, windows = config.image_size, config.windows
     try:
         write_store(
-            temporary, content, shards, image_size=config.image_size, windows=config.windows, attributes=attributes
+            target.temporary,
+            _gather(slices, alive),
+            shards,
+            image_size=size,
+            windows=windows,
+            attributes=attributes,
         )
-        if url:
-            system, target = open_storage(url)
-            send_store(temporary, url, system=system, target=target)
-        else:
-            replace_folder(temporary, final)
+        target.publish()
     except OSError as error:
         if not is_disk_full(error):
             raise
-        is_copied = store and not url  # else the shards are linked
-        copied = sum(result.stored_bytes for result in alive) if is_copied else 0
-        raise disk_full(temporary.parent, METADATA_BYTES + len(alive) * 1000 + copied, "the store") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        folder = target.final.parent
+        is_copied = folder.stat().st_dev != wip.stat().st_dev  # else the shards are linked
+        needed = METADATA_BYTES + sum(1000 + is_copied * result.stored_bytes for result in alive)
+        raise disk_full(folder, needed, "the store") from None
 
 
 def _gather(slices: pd.DataFrame, results: Sequence[StudyResult]) -> StoreContent:

@@ -1,6 +1,7 @@
 """Random access to the slices of a store, at the bytes: what training streams from, and what verification walks.
 
-A slice costs one `pread`, one CRC-32C and one zstd decode into the caller's buffer. A shard's index is read when its first slice
+A slice costs one `pread`, one CRC-32C and one zstd decode into the caller's buffer. Shards are opened from their open folder: they are
+those of the store that was opened, though another may have taken its place. A shard's index is read when its first slice
 is, and kept: 512 bytes a study, 13 MB for 25,000, which worker processes can share.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import DamageError
+from pipeline.errors import DamageError, ReplacedError
 from pipeline.shard import EMPTY, SLOTS, decode_chunk, read_index
 
 LENGTH_BITS = 28
@@ -81,6 +82,29 @@ class SliceReader:
         self._parts = -(-self.num_slices // SLOTS)
         self._first_part = np.cumsum(self._parts) - self._parts
         self._places = np.zeros((int(self._parts.sum()), SLOTS), np.uint64)
+        self._identity = _identify(pixels)
+        self._folder: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_folder": None}  # a descriptor means nothing in another process
+
+    def __del__(self) -> None:
+        if self._folder is not None:
+            os.close(self._folder)
+
+    def _open_folder(self) -> int:
+        """The folder of shards, kept open, so that every shard is of the store that was opened: by its path, another's might be read
+        where preprocess has put a new store in its place."""
+        if self._folder is None:
+            self._folder = os.open(self.pixels, os.O_RDONLY | os.O_DIRECTORY)
+            self._require_same()
+        return self._folder
+
+    def _require_same(self) -> None:
+        if _identify(self.pixels) != self._identity:
+            raise ReplacedError(
+                f"{self.pixels.parent}: the store was replaced while it was read; run the same command again"
+            )
 
     def share(self) -> None:
         """Put the shards' indexes where worker processes fill and read them together; to be said before they start."""
@@ -96,7 +120,7 @@ class SliceReader:
         row = self._first_part[study] + part
         place = int(self._places[row, slot])
         if not place:
-            self._places[row] = _pack(read_index(self.pixels / shard_name(study, part)))
+            self._places[row] = _pack(read_index(shard_name(study, part), self._open_folder()))
             place = int(self._places[row, slot])
         if place == EMPTY:
             raise DamageError("its chunk is missing")
@@ -107,10 +131,11 @@ class SliceReader:
 
         Raises:
             DamageError: its chunk is missing, cut short or altered; study and slice are named.
+            ReplacedError: it is another store by now.
         """
         try:
             offset, length = self._find_chunk(study, slice_number)
-            descriptor = os.open(f"{self.pixels}/{shard_name(study, slice_number // SLOTS)}", os.O_RDONLY)
+            descriptor = os.open(shard_name(study, slice_number // SLOTS), os.O_RDONLY, dir_fd=self._open_folder())
             try:
                 chunk = os.pread(descriptor, length, offset)
             finally:
@@ -119,8 +144,10 @@ class SliceReader:
                 raise DamageError(f"{len(chunk)} of {length} bytes are there")
             decode_chunk(chunk, out)
         except FileNotFoundError:
+            self._require_same()
             raise self._damage(study, slice_number, DamageError("its shard is missing")) from None
         except DamageError as damage:
+            self._require_same()
             raise self._damage(study, slice_number, damage) from None
 
     def read(self, study: int, slice_number: int) -> npt.NDArray[np.uint8]:
@@ -156,6 +183,15 @@ class SliceReader:
             f"{self.pixels / shard_name(study, slice_number // SLOTS)}: study {self.study_uids[study]}, slice "
             f"{slice_number}: {damage}; run `python -m stages.inspect --verify --discard`, then preprocess again"
         )
+
+
+def _identify(folder: Path) -> tuple[int, int] | None:
+    """Which folder it is, whatever its name; None where there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _pack(index: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

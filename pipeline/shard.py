@@ -7,9 +7,11 @@ fetch a random slice; going to the bytes takes a tenth of that.
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import google_crc32c
@@ -87,14 +89,18 @@ def build_shard(chunks: Sequence[bytes]) -> bytes:
     return b"".join([*chunks, table, _checksum(table)])
 
 
-def read_index(path: Path) -> ShardIndex:
+def read_index(path: Path | str, folder: int | None = None) -> ShardIndex:
     """Read and check a shard's index: uint64 [64, 2].
+
+    Args:
+        path: the shard.
+        folder: descriptor of the open folder in which it lies; else it is found by its path.
 
     Raises:
         DamageError: the shard is missing, too short, its index disagrees with its checksum, or points outside the shard.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=partial(os.open, dir_fd=folder)) as file:
             size = file.seek(0, 2)
             if size < INDEX_BYTES:
                 raise DamageError(f"the shard has {size} bytes, fewer than its index alone")

@@ -87,6 +87,12 @@ def containers(sources: Sequence[str], files: pd.DataFrame) -> list[str]:
     return [_join(roots[source], path) for source, path in zip(files["source"].tolist(), inside.tolist(), strict=True)]
 
 
+def one_of_each_source(sources: Sequence[str], files: pd.DataFrame) -> list[str]:
+    """A file, or the zip that holds it, of each source on a disk: who sees it, sees that source."""
+    first = containers(sources, files.drop_duplicates("source"))
+    return [container for container in first if not URL.match(container) and os.path.exists(container)]
+
+
 def is_there(source: str) -> bool:
     """Whether a source is there now.
 
@@ -225,7 +231,14 @@ def _walk(top: str, relative: str, found: Found) -> None:
     waiting = [(top, f"{relative}/" if relative else "")]
     while waiting:
         folder, prefix = waiting.pop()
-        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # removed just now
+            continue
+        except OSError as error:
+            raise SourceError(
+                f"source.dicom: the folder {folder} cannot be read ({error.strerror}); allow it, move it away, or list the folders beside it"
+            ) from None
         try:
             status = os.fstat(descriptor)
             if (status.st_dev, status.st_ino) not in entered:
@@ -264,7 +277,11 @@ def _list_zip(archive: str, open_file: Callable[[], Any]) -> Listing | None:
             if not (is_whole or is_cut_short):
                 return None
             with zipfile.ZipFile(file) as directory:
-                return [_describe_member(member, end=end) for member in directory.infolist() if not member.is_dir()]
+                # of members with one name the last counts, as it does where a zip is unpacked
+                members = {member.filename: member for member in directory.infolist()}
+            if is_cut_short and not members:
+                raise zipfile.BadZipFile("it begins with a member and lists none")
+            return [_describe_member(one, end=end) for name, one in members.items() if not name.endswith("/")]
     except FileNotFoundError:  # its name is no UTF-8
         return None
     except Exception as error:  # zipfile raises six kinds, and each storage has its own

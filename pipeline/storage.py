@@ -10,13 +10,14 @@ from typing import Any
 
 from pipeline.errors import SourceError
 
-URL = re.compile(r"^[a-z][a-z0-9+.-]+://")
+URL = re.compile(r"^[a-z][a-z0-9+.-]+://", re.I)
 
 
 def open_storage(url: str) -> tuple[Any, str]:
     """The storage of a URL, a file system as fsspec has them, and the URL's path in it."""
-    system = _open_system(url.split("://", 1)[0])
-    return system, str(system._strip_protocol(url))
+    protocol, path = url.split("://", 1)
+    system = _open_system(protocol.lower())
+    return system, str(system._strip_protocol(f"{protocol.lower()}://{path}"))
 
 
 def ask(url: str, question: Callable[[Any, str], Any]) -> Any:

@@ -12,7 +12,6 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,12 +21,13 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
 
 from pipeline.config import Window
 from pipeline.errors import StoreError
 from pipeline.files import sync
 from pipeline.labels import LABELS, UNKNOWN
-from pipeline.progress import Progress
 from pipeline.reader import SliceReader, shard_name
 from pipeline.shard import LEVEL, SLOTS
 
@@ -115,8 +115,10 @@ def write_store(
         attributes: further attributes, such as the manifest's digest and the accounting.
     """
     shape = (len(content.study), content.image_id.shape[1], image_size, image_size, len(windows))
+    # In memory first: zarr-python makes files by hard links, which not every file system has, and syncs none.
+    files: dict[str, Buffer] = {}
     group = zarr.create_group(
-        folder,
+        MemoryStore(files),
         attributes={
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -133,11 +135,15 @@ def write_store(
         # zarr-python warns that consolidated metadata is not yet in the v3 specification; without it, every opening warns.
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         zarr.consolidate_metadata(group.store)
+    for name, content_of_file in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content_of_file.to_bytes())
+        sync(path)
     for (study, part), source in shards.items():
-        _link(source, folder / "pixels" / shard_name(study, part))
-    for path in [*folder.rglob("*")]:
-        if path.is_dir() or not path.name.startswith("c.") or path.parent.name != "pixels":
-            sync(path)  # shards were synced when they were made
+        _link(source, folder / "pixels" / shard_name(study, part))  # synced when it was made
+    for path in folder.iterdir():
+        sync(path)
     sync(folder)
 
 
@@ -202,65 +208,6 @@ def _link(source: Path, target: Path) -> None:
     except OSError:  # another file system, or one without hard links
         target.write_bytes(source.read_bytes())
         sync(target)
-
-
-SENT_TOGETHER, SENT_AT_ONCE = 64, 16
-"""Files between two looks of the progress bar, and how many of them are under way: one by one, each would cost the storage's
-latency, 20 to 50 ms, which is 20 minutes for RSNA's 25,000 shards."""
-
-
-def require_target(store: str) -> None:
-    """Refuse early to put a store in the place of something else.
-
-    Raises:
-        StoreError: there is a file, or a folder with other things in it than a store.
-    """
-    path = Path(store)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        if json.loads((path / "zarr.json").read_bytes())["attributes"]["format"] == FORMAT:
-            return
-    raise StoreError(
-        f"--store {store}: something that is no store is there, and would be replaced; give the name of a new folder"
-    )
-
-
-def send_store(folder: Path, url: str, *, system: Any, target: str) -> None:
-    """Copy a whole store to a URL, its root metadata last: until then it cannot be opened.
-
-    Args:
-        folder: the store.
-        url: for the messages, such as ``s3://bucket/store.zarr``.
-        system: its storage, a file system as fsspec has them.
-        target: the URL's path in it; what lies there beside the store's arrays stays.
-
-    Raises:
-        StoreError: it cannot be written there.
-    """
-    root = "zarr.json"
-    paths = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    try:
-        if system.exists(f"{target}/{root}"):
-            system.rm_file(f"{target}/{root}")
-        # of an array that now holds nothing but its fill value, even the one chunk would be stale
-        arrays = tuple(f"{target}/{path.name}/" for path in folder.iterdir() if path.is_dir())
-        stale = {name for name in system.find(target) if name.startswith(arrays)} - {
-            f"{target}/{path}" for path in paths
-        }
-        if stale:
-            system.rm(sorted(stale))
-        with Progress(len(paths), what="sending", unit="files") as progress:
-            first = [path for path in paths if path != root]
-            for group in [*(first[at : at + SENT_TOGETHER] for at in range(0, len(first), SENT_TOGETHER)), [root]]:
-                names = [f"{target}/{path}" for path in group]
-                system.put([str(folder / path) for path in group], names, batch_size=SENT_AT_ONCE)
-                progress.advance(len(group))
-    except Exception as error:  # each storage has its own family of errors
-        raise StoreError(
-            f"--store {url}: cannot be written ({type(error).__name__}: {' '.join(str(error).split())[:200]}); check the name, "
-            f"the credentials and the endpoint (AWS_ENDPOINT_URL)"
-        ) from None
 
 
 class Store:

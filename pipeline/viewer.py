@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pipeline.errors import CheckpointError, DamageError, IchorError, SourceError
+from pipeline.errors import CheckpointError, DamageError, IchorError, ReplacedError, SourceError
 from pipeline.gallery import UNDECIDED
 from pipeline.heat import HeatMaps
 from pipeline.held_out import Scored, decide, to_studies
@@ -444,7 +444,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.knock = secrets.token_urlsafe(SECRET_BYTES)
             self._answer(HTTPStatus.SEE_OTHER, b"", "text/plain", {"Location": f"/{self.server.secret}/"})
         elif slash and self._is(secret, self.server.secret):
-            self._route(rest)
+            try:
+                self._route(rest)
+            except ReplacedError as error:
+                self._say(HTTPStatus.CONFLICT, str(error))
         else:
             self._say(
                 HTTPStatus.NOT_FOUND, "Nothing here: open the whole address that `python -m stages.view` printed."

@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -55,9 +56,9 @@ def door(
     if add_arguments:
         add_arguments(parser)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # instead of the one of the imports
+        signal.signal(signal.SIGINT, _stop)  # instead of the one of the imports
     sys.exit(_run(main, arguments, stopped))
 
 
@@ -82,8 +83,18 @@ def _run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespa
     return 0
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise _Terminated
+_stopped_s: float | None = None
+PATIENCE_S = 10.0
+"""A second Ctrl-C within this time is not heard, as cleaning up must not be stopped half-way; after it, the process ends at once."""
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    global _stopped_s
+    if _stopped_s is None:
+        _stopped_s = time.monotonic()
+        raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    if time.monotonic() - _stopped_s > PATIENCE_S:
+        os._exit(128 + number)
 
 
 def _module_name() -> str:

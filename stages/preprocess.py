@@ -7,7 +7,7 @@ not be read, or needed a repair). Finished shards are kept in <data>/wip, so tha
 import argparse
 
 from pipeline.config import load_config
-from pipeline.manifest import describe_account, digest, read_manifest
+from pipeline.manifest import describe_account, read_manifest
 from pipeline.preprocess import preprocess
 from stages.common import door
 
@@ -23,9 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.params)
-    path = arguments.data / "index" / "manifest.parquet"
-    manifest = read_manifest(path)
-    totals, _ = preprocess(config, manifest, data=arguments.data, manifest_digest=digest(path), store=arguments.store)
+    manifest, digest = read_manifest(arguments.data / "index" / "manifest.parquet")
+    totals, _ = preprocess(config, manifest, data=arguments.data, manifest_digest=digest, store=arguments.store)
     print(describe_account(totals))
     print(f"store: {arguments.store or arguments.data / 'store.zarr'}")
 

@@ -8,7 +8,7 @@ import argparse
 from contextlib import ExitStack
 
 from pipeline.errors import StoreError
-from pipeline.files import human_bytes, only_one, remove_folder
+from pipeline.files import human_bytes, left_aside, only_one, remove_folder, restore_folder
 from pipeline.store import Store
 from stages.common import door
 
@@ -22,20 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    wip = arguments.data / "wip"
-    try:
-        used = set(Store(arguments.data / "store.zarr").per_study["fingerprint"].tolist())
-    except StoreError:
-        used = set()
+    wip, store = arguments.data / "wip", (arguments.data / "store.zarr").resolve()
     freed = 0
     with ExitStack() as locks:
         locks.enter_context(only_one(wip / "preprocess.lock", "preprocess"))
+        restore_folder(store)
+        try:
+            used = set(Store(store).per_study["fingerprint"].tolist())
+        except StoreError:
+            used = set()
         shards = (wip / "shards").glob("*") if used or arguments.all else []  # without a store, all are a stopped run's
         for path in shards:
             if path.name.split(".")[0] not in used:
                 freed += path.stat().st_size if path.stat().st_nlink == 1 else 0
                 path.unlink()
-        folders = [*wip.glob("store-*.zarr"), *arguments.data.glob(".store.zarr.*.old")]
+        folders = [*left_aside(store, "new"), *left_aside(wip / "store.zarr", "new")]
+        folders += left_aside(store, "old") if used else []  # else it may be all that is left of a store
         if arguments.all:
             for lock in (wip / "train").glob("fold-*.lock"):
                 locks.enter_context(only_one(lock, "training"))

@@ -8,13 +8,16 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
@@ -68,6 +71,20 @@ def environment_and_memory_limit(_: int) -> tuple[str, int]:
 def hear_ctrl_c() -> None:
     """As at a terminal: what a shell runs in the background ignores Ctrl-C, and so would its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def workers_of(pid: int) -> list[int]:
+    """Dask's worker processes below a driver."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            is_worker = b"spawn_main" in (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if parent == pid and is_worker:
+            found.append(int(folder.name))
+    return found
 
 
 EXPECTED = sorted(square(number) for number in range(40))
@@ -141,7 +158,7 @@ def test_running_scheduler_is_used_by_its_address(scheduler: str, machines: Mach
     machines.worker(scheduler)
     assert sorted(run_tasks(square, range(40), workers=0, scheduler=scheduler)) == EXPECTED
     for kind in (ValueError, IchorError, OSError, TimeoutError):
-        with pytest.raises(kind, match=r"^the task failed$"):
+        with pytest.raises(kind, match=r"^the task failed\nat work: a task$"):
             list(run_tasks(fail, [kind], workers=0, scheduler=scheduler))
 
 
@@ -288,6 +305,82 @@ def test_scheduler_that_dies_ends_the_run_with_one_line(machines: Machines) -> N
         f"error: the scheduler at {address} went away; finished work is kept; start it again, and run the same command again\n"
     )
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize("address", ["tls://127.0.0.1:1", "", "silent", "http"])
+def test_what_is_no_scheduler_is_named_and_not_waited_for(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.cluster, "CONNECT_TIMEOUT_S", 2)
+    with socket.socket() as listening:
+        if address == "silent":  # takes the call and says nothing
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            address = f"tcp://127.0.0.1:{listening.getsockname()[1]}"
+        if address == "http":  # a dashboard, say
+            web = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+            threading.Thread(target=web.serve_forever, daemon=True).start()
+            address = f"tcp://127.0.0.1:{web.server_port}"
+        with pytest.raises(IchorError, match="no Dask scheduler answers there"):
+            list(run_tasks(square, range(3), workers=0, scheduler=address))
+
+
+def test_worker_that_does_not_see_the_source_is_named(scheduler: str, machines: Machines, tmp_path: Path) -> None:
+    machines.worker(scheduler)
+    (tmp_path / "here").touch()
+    assert list(run_tasks(square, [2], workers=0, scheduler=scheduler, seen=[str(tmp_path / "here")])) == [4]
+    missing = str(tmp_path / "not mounted")
+    with pytest.raises(IchorError, match=rf"the worker at tcp://\S+ does not see {missing}, which this process sees"):
+        list(run_tasks(square, [2], workers=0, scheduler=scheduler, seen=[missing]))
+
+
+def test_worker_that_hangs_is_told_of(
+    scheduler: str, machines: Machines, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = machines.worker(scheduler)
+    monkeypatch.setattr(pipeline.cluster, "QUIET_S", 0.2)
+    monkeypatch.setattr(pipeline.cluster, "LOOK_S", 0.1)
+    results = []
+    for result, _ in run_tasks(square_slowly, range(12), workers=0, scheduler=scheduler):
+        results.append(result)
+        if len(results) == 4:
+            os.kill(worker.pid, signal.SIGSTOP)
+            threading.Timer(2, os.kill, (worker.pid, signal.SIGCONT)).start()
+    assert sorted(results) == EXPECTED[:12]
+    assert re.search(
+        r"nothing has come back for 0 s; at work: tcp://127.0.0.1:\d+; if one of them hangs", capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after_s", [0.2, 1.0])
+def test_stopping_while_workers_start_is_heard_and_clean(sign: signal.Signals, after_s: float) -> None:
+    code = (
+        "import tests.test_cluster as t; from stages.common import door; import distributed\n"
+        "def main(_):\n"
+        "    print('begins', flush=True)\n"
+        "    for result in t.run_tasks(t.square_slowly, range(1000), workers=2, scheduler=None): pass\n"
+        "door(main, '')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_ctrl_c,
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "begins\n"
+    while len(workers_of(process.pid)) < 2:  # till then they, and the driver, ignore Ctrl-C
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(after_s)
+    for _ in range(2):  # once more, a moment later, changes nothing
+        os.killpg(process.pid, sign) if sign == signal.SIGINT else process.terminate()
+        time.sleep(0.05)
+    _, err = process.communicate(timeout=60)
+    assert err == "\nstopped; finished work is kept, run the same command again to go on\n"
+    assert process.returncode == (130 if sign == signal.SIGINT else 143)
 
 
 def test_ctrl_c_is_clean_after_a_local_worker_was_started_again(tmp_path: Path) -> None:

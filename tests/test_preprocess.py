@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import pandas as pd
 import pydicom
 import pytest
 from pydicom.pixels import apply_rescale
+from pydicom.uid import RLELossless
 
+import pipeline.pixels
 import pipeline.preprocess
 from pipeline.config import Config
 from pipeline.convert import SliceReader
+from pipeline.decoder import DecodeError
 from pipeline.errors import IchorError, SourceError
 from pipeline.index import build_manifest
 from pipeline.phantom.dicom_writer import StoredForm
@@ -263,3 +267,27 @@ def test_crop_of_real_heads_keeps_bone_and_drops_the_air_around(cohort: Cohort) 
         skull_whole = (whole.reader.read_study(study)[..., 2] == 255).mean()
         skull_cropped = (cropped.reader.read_study(study)[..., 2] == 255).mean()
         assert skull_cropped > skull_whole  # what went was not head
+
+
+@pytest.mark.parametrize("code", ["decoder_died", "decoder_hung"])
+def test_slice_whose_decoder_was_ended_is_tried_again(
+    cohort: Cohort, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Perhaps it was the machine's fault, which had no memory."""
+    for path in (cohort.dicom / f"{name}.dcm" for name in cohort.add_study(1, 2)):
+        dataset = pydicom.dcmread(path)
+        dataset.compress(RLELossless, generate_instance_uid=False)
+        dataset.save_as(path)
+    expected, _, _ = run(cohort)
+    shutil.rmtree(cohort.data)
+
+    def end(*_: Any, **__: Any) -> None:
+        raise DecodeError(code)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.pixels, "decode", end)
+        with pytest.raises(SourceError, match="no slice's pixels could be read"):
+            run(cohort)
+        faults = pd.read_parquet(cohort.data / "preprocess" / "faults.parquet")
+        assert faults["reason"].tolist() == [code, code]
+    assert run(cohort)[0].digest == expected.digest

@@ -61,7 +61,7 @@ LAYERS = [
         "viewer",
         "phantom",
     ],
-    ["index", "convert", "preprocess"],
+    ["index", "convert", "publish", "preprocess"],
     ["trainer", "fold", "report", "card", "evaluate", "predict", "dicom_out"],
 ]
 """Words → pure functions → data at rest → data in motion → the run. Within a layer, imports go to names further left."""

@@ -43,8 +43,9 @@ from pipeline.manifest import EXCLUDED, account, kept, write_manifest
 from pipeline.parts import split_slices
 from pipeline.place import ChangedError, DamagedError, Place, read_head, read_whole
 from pipeline.preprocess import preprocess
+from pipeline.publish import send_store
 from pipeline.source import FILE_COLUMNS, containers, find_files
-from pipeline.store import Store, send_store
+from pipeline.store import Store
 from tests.conftest import SIGNED_16, Cohort, tree_bytes
 
 WHERE = [name for name in FILE_COLUMNS if name not in ("path", "size")]
@@ -313,6 +314,42 @@ def test_damaged_directory_of_a_zip_is_an_error_or_excluded(cohort: Cohort) -> N
                 with suppress(ChangedError):
                     assert b"abcabc".startswith(read(place)[:6])
     assert 0 < refused < 300
+
+
+def test_of_members_with_one_name_the_last_counts_however_often_it_is_indexed(cohort: Cohort) -> None:
+    """As packers leave them that append."""
+    names = cohort.add_study(1, 3)
+    archive = pack(cohort.dicom, cohort.folder / "all.zip")
+    with zipfile.ZipFile(archive, "a") as packed, warnings.catch_warnings(action="ignore"):
+        packed.writestr(f"{names[0]}.dcm", b"an older one")
+        packed.write(cohort.dicom / f"{names[0]}.dcm", f"{names[0]}.dcm")
+        packed.write(cohort.dicom / f"{names[1]}.dcm", f"{names[1]}.dcm")
+    known = None
+    for run_number in range(4):
+        manifest, known = (
+            index(cohort, archive, cohort.dicom / "notes", known=known) if run_number else index(cohort, archive)
+        )
+        assert reasons(manifest)[f"{names[0]}.dcm"] == ""
+        assert account(manifest)["files"] == 3 + run_number
+        (cohort.dicom / "notes").mkdir(exist_ok=True)
+        (cohort.dicom / "notes" / f"{run_number}.txt").write_text("nothing")
+
+
+def test_end_of_a_directory_within_a_zips_comment_is_an_error(cohort: Cohort) -> None:
+    cohort.add_study(1, 2)
+    archive = pack(cohort.dicom, cohort.folder / "all.zip")
+    with zipfile.ZipFile(archive, "a") as packed:
+        packed.comment = b"PK\5\6" + bytes(18)
+    with pytest.raises(SourceError, match=r"all.zip cannot be read \(it begins with a member and lists none\)"):
+        index(cohort, archive)
+
+
+def test_member_without_a_name_stops_nothing(cohort: Cohort) -> None:
+    cohort.add_study(1, 2)
+    archive = pack(cohort.dicom, cohort.folder / "all.zip")
+    with zipfile.ZipFile(archive, "a") as packed:
+        packed.writestr(zipfile.ZipInfo(""), b"nothing")
+    assert account(index(cohort, archive)[0])["used"] == 2
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -694,7 +731,6 @@ def test_store_sent_to_a_bucket_is_read_back_by_xarray(
 ) -> None:
     _, local = run(mixed, mixed.dicom)
     server.files.mkdir("stores")
-    server.files.pipe("stores/x.zarr/notes.txt", b"not ours")
     write_manifest(mixed.data / "index" / "manifest.parquet", index(mixed, mixed.dicom)[0])
     ran = run_stage("preprocess", "--store", "s3://stores/x.zarr")
     assert ran.code == 0, ran.err
@@ -702,6 +738,8 @@ def test_store_sent_to_a_bucket_is_read_back_by_xarray(
     assert "Unclosed" not in ran.err
     options = {"storage_options": {"use_listings_cache": False}}
     xr.testing.assert_identical(load("s3://stores/x.zarr", **options).drop_attrs(), local.drop_attrs())
+    server.files.pipe("stores/x.zarr/notes.txt", b"not ours")
+    server.files.pipe("stores/x.zarr/labels/train.csv", b"not ours, in a folder of ours")
     for path in mixed.dicom.rglob("*"):
         if path.is_file() and path.name != "notes.txt" and not path.name.startswith("ID_00001"):
             path.unlink()
@@ -709,7 +747,7 @@ def test_store_sent_to_a_bucket_is_read_back_by_xarray(
     convert(mixed, index(mixed, mixed.dicom)[0], mixed.dicom, store="s3://stores/x.zarr")
     xr.testing.assert_identical(load("s3://stores/x.zarr", **options).drop_attrs(), fewer.drop_attrs())
     there = {name.removeprefix("stores/x.zarr/") for name in server.files.find("stores/x.zarr")}
-    assert there == {*tree_bytes(mixed.data / "store.zarr"), "notes.txt"}
+    assert there == {*tree_bytes(mixed.data / "store.zarr"), "notes.txt", "labels/train.csv"}
 
 
 class Recorded(MemoryFileSystem):

@@ -37,7 +37,7 @@ from pipeline.files import only_one
 from pipeline.store import Store
 from stages.common import door
 from tests.conftest import Cohort, tree_bytes
-from tests.test_cluster import Machines
+from tests.test_cluster import Machines, workers_of
 
 SEED, KILLS = 4, 20
 
@@ -183,7 +183,7 @@ def records(cohort: Cohort) -> list[Path]:
 def leftovers(cohort: Cohort) -> list[str]:
     """What has a temporary name."""
     names = [str(path.relative_to(cohort.data)) for path in cohort.data.rglob("*")]
-    return [name for name in names if name.endswith((".tmp", ".old", ".new")) or "store-" in name]
+    return [name for name in names if name.endswith((".tmp", ".old", ".new"))]
 
 
 # ---- killed
@@ -224,7 +224,7 @@ def die_at(moment: int) -> None:
 
     def watched(step: Callable[..., Any]) -> Callable[..., Any]:
         def take(*paths: Any, **options: Any) -> Any:
-            if "store-" not in str(paths[-1]) and next(steps) == moment:
+            if ".new/" not in str(paths[-1]) and next(steps) == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(*paths, **options)
 
@@ -306,20 +306,6 @@ def test_ctrl_c_and_sigterm_end_cleanly_and_the_run_goes_on(cohort: Cohort) -> N
 def with_workers() -> None:
     """Even a small run is worth starting processes for."""
     pipeline.preprocess.SLICES_PER_TASK = 8
-
-
-def workers_of(pid: int) -> list[int]:
-    """Dask's worker processes below a driver."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            is_worker = b"spawn_main" in (folder / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if parent == pid and is_worker:
-            found.append(int(folder.name))
-    return found
 
 
 def test_ctrl_c_at_a_terminal_reaches_the_workers_too_and_ends_cleanly(cohort: Cohort) -> None:
@@ -545,6 +531,13 @@ def test_source_that_may_only_be_read_is_enough_and_stays_as_it_is(cohort: Cohor
     assert tree_bytes(cohort.data / "store.zarr") == expected
 
 
+def test_folder_that_may_not_be_read_is_named(cohort: Cohort) -> None:
+    make(cohort, 1, 2)
+    (cohort.dicom / "lost+found").mkdir(mode=0)
+    said = fail(cohort, "index", patch=without_privileges)
+    assert f"the folder {cohort.dicom}/lost+found cannot be read (Permission denied); allow it, move it away" in said
+
+
 @pytest.mark.parametrize("name", ["index", "preprocess"])
 def test_output_that_may_not_be_written_is_named(cohort: Cohort, name: str) -> None:
     make(cohort, 1, 2)
@@ -760,7 +753,7 @@ def test_what_is_renamed_was_synced_and_so_is_its_new_name(cohort: Cohort, monke
     def replace(old: Any, new: Any) -> None:
         real(old, new)
         new = Path(new)
-        is_within_the_new_store = "wip/store-" in str(new)
+        is_within_the_new_store = ".new/" in str(new)
         is_record = new.suffix == ".json" and new.parent.name == "shards"
         if not is_within_the_new_store and not is_record:
             inside = [*new.rglob("*")] if new.is_dir() else []

@@ -30,6 +30,7 @@ from pipeline import heat
 from pipeline.checkpoint import MODEL_FORMAT
 from pipeline.config import load_config
 from pipeline.errors import IchorError, SourceError
+from pipeline.files import replace_folder
 from pipeline.gradcam import explain_slices
 from pipeline.heat import HeatMaps
 from pipeline.index import build_manifest
@@ -520,6 +521,16 @@ def test_the_page_asks_nothing_of_others(server: ViewerServer) -> None:
     assert "https:" not in page
     assert "{{nonce}}" not in page
     assert page != get(server.url).decode()  # a nonce is used once
+
+
+def test_a_store_that_was_replaced_is_said_and_shows_nothing_of_the_new_one(server: ViewerServer, store: Store) -> None:
+    again = store.path.with_name("again.zarr")
+    shutil.copytree(store.path, again)
+    replace_folder(again, store.path)
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        get(f"{server.url}study/0")
+    assert raised.value.code == 409
+    assert b"the store was replaced while it was read; run the same command again" in raised.value.read()
 
 
 def test_the_browsers_address_works_once(server: ViewerServer) -> None:
