@@ -107,7 +107,7 @@ def preprocessed(source: Path, data: Path, image_size: int) -> Store:
     config = configure(source, image_size)
     manifest, _, _ = build_manifest(config)
     data.mkdir()
-    preprocess(config, manifest, data=data, manifest_digest="bench")
+    preprocess(config, manifest, data=data)
     return Store(data / "store.zarr")
 
 

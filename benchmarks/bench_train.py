@@ -211,7 +211,7 @@ def multiply(base: Store, folder: Path, *, slices: int) -> None:
         return np.array([f"{name}-{copy}" for name, copy in zip(names[source_S], copy_S, strict=True)], object)
 
     per_study = {name: values[source_S] for name, values in base.per_study.items()}
-    per_study |= {name: renamed(base.per_study[name]) for name in ("patient_key", "fingerprint")}
+    per_study |= {name: renamed(base.per_study[name]) for name in ("patient_key", "content")}
     content = StoreContent(
         renamed(base.study), per_study, base.image_id[source_S], base.position_mm[source_S], base.labels[source_S]
     )

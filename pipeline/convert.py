@@ -36,7 +36,7 @@ from pipeline.pixels import PixelFault, read_stored
 from pipeline.place import Place, Scratch
 from pipeline.resample import Converter, Pixels, PixelsHU
 from pipeline.series import TRANSPOSED, turn
-from pipeline.shard import SLOTS, build_shard, encode_chunk
+from pipeline.shard import SLOTS, build_shard, digest_chunks, encode_chunk
 
 
 class SliceFacts(NamedTuple):
@@ -96,6 +96,8 @@ class StudyResult(NamedTuple):
     box: list[float]
     """Top, left and side of what is shown, in mm from the centre of the slice."""
     stored_bytes: int
+    content: str
+    """Stands for the shards' bytes."""
 
 
 def shard_path(folder: Path, fingerprint: str, part: int) -> Path:
@@ -138,8 +140,11 @@ def _make_study(task: StudyTask) -> StudyResult:
         content = build_shard(chunks[start : start + SLOTS])
         write_bytes(shard_path(task.shards, task.fingerprint, part), content)
         stored_bytes += len(content)
+    content_digest = digest_chunks(chunks)
     place = [box.top_mm, box.left_mm, box.side_mm]
-    result = StudyResult(task.fingerprint, is_kept, faults, float(lowest) if chunks else 0.0, place, stored_bytes)
+    result = StudyResult(
+        task.fingerprint, is_kept, faults, float(lowest) if chunks else 0.0, place, stored_bytes, content_digest
+    )
     record = {name: value for name, value in result._asdict().items() if name != "fingerprint"}
     # Not synced: if a power cut takes it, the study is made again.
     write_bytes(task.shards / f"{task.fingerprint}.json", json.dumps(record).encode(), synced=False)

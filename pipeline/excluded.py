@@ -32,7 +32,7 @@ def read_exclusions(data: Path) -> pd.DataFrame:
     Raises:
         SourceError: there is no manifest.
     """
-    manifest, _ = read_manifest(data / "index" / "manifest.parquet")
+    manifest = read_manifest(data / "index" / "manifest.parquet")
     path = data / "preprocess" / "faults.parquet"
     if path.is_file():
         faults = pd.read_parquet(path).query("status == @EXCLUDED")

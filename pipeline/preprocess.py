@@ -46,7 +46,15 @@ from pipeline.files import (
     write_parquet,
 )
 from pipeline.labels import LABELS, UNKNOWN
-from pipeline.manifest import EXCLUDED, PERHAPS_MENDED, REASONS, account, kept, refuse_too_many_exclusions
+from pipeline.manifest import (
+    EXCLUDED,
+    PERHAPS_MENDED,
+    REASONS,
+    account,
+    digest_manifest,
+    kept,
+    refuse_too_many_exclusions,
+)
 from pipeline.progress import Progress
 from pipeline.publish import Target
 from pipeline.series import ORIENTATION, turn_cosines
@@ -74,7 +82,7 @@ PLACE_IN_ZIP = ("method", "offset", "packed_size")
 
 
 def preprocess(
-    config: Config, manifest: pd.DataFrame, *, data: Path, manifest_digest: str, store: str | None = None
+    config: Config, manifest: pd.DataFrame, *, data: Path, store: str | None = None
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Convert the manifest's slices, and publish `data/store.zarr`.
 
@@ -82,7 +90,6 @@ def preprocess(
         config: the parameters.
         manifest: from `index`.
         data: the folder of the stages' outputs.
-        manifest_digest: goes into the store's attributes.
         store: where to put the store instead: a folder, or a URL such as ``s3://bucket/store.zarr``.
 
     Returns:
@@ -115,7 +122,7 @@ def preprocess(
         refuse_too_many_exclusions(totals, most=config.index.max_excluded_fraction)
         for folder in (wip, data / "preprocess"):
             remove_leftovers(folder, ".*.tmp")
-        attributes = {"manifest_sha256": manifest_digest, "accounting": totals}
+        attributes = {"manifest_sha256": digest_manifest(manifest), "accounting": totals}
         _publish(config.preprocess, slices, in_order, wip, attributes, target)
     return totals, changed
 
@@ -361,7 +368,7 @@ def _gather(slices: pd.DataFrame, results: Sequence[StudyResult]) -> StoreConten
     turns = first["turn"].to_numpy()
     derived: dict[str, Any] = {
         "num_slices": counts,
-        "fingerprint": np.array([result.fingerprint for result in results], object),
+        "content": np.array([result.content for result in results], object),
         "slice_spacing_mm": gaps_mm,
         "lowest_hu": np.array([result.lowest_hu for result in results]),
         "orientation": turn_cosines(first[ORIENTATION].to_numpy(float), turns),

@@ -31,7 +31,7 @@ from pipeline.labels import LABELS, UNKNOWN
 from pipeline.reader import SliceReader, shard_name
 from pipeline.shard import LEVEL, SLOTS
 
-FORMAT, FORMAT_VERSION = "ichor-store", 3
+FORMAT, FORMAT_VERSION = "ichor-store", 4
 """Raise the version when a store of the old form would be misread."""
 
 PACKAGES = ("zarr", "zstandard", "numba", "numpy", "pydicom", "opencv-python-headless")
@@ -39,7 +39,7 @@ PACKAGES = ("zarr", "zstandard", "numba", "numpy", "pydicom", "opencv-python-hea
 STUDY_ARRAYS: dict[str, tuple[str, str]] = {
     "num_slices": ("int32", "real slices; the rest of the slice axis is not stored"),
     "patient_key": ("string", "keyed hash that stands for the patient"),
-    "fingerprint": ("string", "names the study's slices and all that shaped their pixels"),
+    "content": ("string", "stands for the study's pixels, as they are stored"),
     "rows": ("int32", "rows before resampling"),
     "columns": ("int32", "columns before resampling"),
     "row_spacing_mm": ("float32", "distance between rows before resampling"),
@@ -82,7 +82,7 @@ def slice_axis(longest: int) -> int:
 
 
 def digest_content(content: StoreContent) -> str:
-    """SHA-256 over all of a store: format, pixels (by fingerprint), identities, geometry, positions and labels."""
+    """SHA-256 over all of a store: format, pixels (by what stands for them), identities, geometry, positions and labels."""
     digest = hashlib.sha256(f"ichor-store-{FORMAT_VERSION}".encode())
     for values in (
         content.study,

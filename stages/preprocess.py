@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.params)
-    manifest, digest = read_manifest(arguments.data / "index" / "manifest.parquet")
-    totals, _ = preprocess(config, manifest, data=arguments.data, manifest_digest=digest, store=arguments.store)
+    manifest = read_manifest(arguments.data / "index" / "manifest.parquet")
+    totals, _ = preprocess(config, manifest, data=arguments.data, store=arguments.store)
     print(describe_account(totals))
     print(f"store: {arguments.store or arguments.data / 'store.zarr'}")
 

@@ -5,7 +5,9 @@ Removes kept shards that the store does not use, and stores left by stopped runs
 """
 
 import argparse
-from contextlib import ExitStack
+import json
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 from pipeline.errors import StoreError
 from pipeline.files import human_bytes, left_aside, only_one, remove_folder, restore_folder
@@ -28,14 +30,15 @@ def main(arguments: argparse.Namespace) -> None:
         locks.enter_context(only_one(wip / "preprocess.lock", "preprocess"))
         restore_folder(store)
         try:
-            used = set(Store(store).per_study["fingerprint"].tolist())
+            used = set(Store(store).per_study["content"].tolist())
         except StoreError:
             used = set()
-        shards = (wip / "shards").glob("*") if used or arguments.all else []  # without a store, all are a stopped run's
-        for path in shards:
-            if path.name.split(".")[0] not in used:
-                freed += path.stat().st_size if path.stat().st_nlink == 1 else 0
-                path.unlink()
+        if used or arguments.all:  # without a store, all are a stopped run's
+            kept = {record.stem for record in (wip / "shards").glob("*.json") if _content_of(record) in used}
+            for path in (wip / "shards").glob("*"):
+                if path.name.split(".")[0] not in kept:
+                    freed += path.stat().st_size if path.stat().st_nlink == 1 else 0
+                    path.unlink()
         folders = [*left_aside(store, "new"), *left_aside(wip / "store.zarr", "new")]
         folders += left_aside(store, "old") if used else []  # else it may be all that is left of a store
         if arguments.all:
@@ -46,6 +49,13 @@ def main(arguments: argparse.Namespace) -> None:
             freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             remove_folder(folder)
     print(f"{wip}: {human_bytes(freed)} freed")
+
+
+def _content_of(record: Path) -> str:
+    """What stands for the pixels of a finished study; nothing where the record is damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(record.read_bytes())["content"])
+    return ""
 
 
 if __name__ == "__main__":

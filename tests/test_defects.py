@@ -192,7 +192,7 @@ class Outcome(NamedTuple):
 def run(cohort: Cohort, **changes: Any) -> Outcome:
     config = cohort.config(preprocess__windows=WINDOWS, preprocess__image_size=SIZE, **changes)
     manifest, _, _ = build_manifest(config)
-    _, faults = preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+    _, faults = preprocess(config, manifest, data=cohort.data)
     of_image = dict(zip(faults["image_id"], faults["reason"], strict=True))
     final = manifest.assign(
         reason=[

@@ -84,7 +84,7 @@ class Run:
             "lowest_hu": np.where(np.arange(STUDIES) % 4 < 2, -1024.0, -3024.0),
             "num_slices": np.full(STUDIES, SLICES),
             "patient_key": np.array([f"key{study:08x}" for study in range(STUDIES)], object),
-            "fingerprint": np.array([f"fingerprint{study}" for study in range(STUDIES)], object),
+            "content": np.array([f"fingerprint{study}" for study in range(STUDIES)], object),
             "orientation": np.zeros((STUDIES, 6)),
             "box_mm": np.zeros((STUDIES, 3)),
         }

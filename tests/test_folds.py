@@ -73,7 +73,7 @@ def bare_store(
     }
     per_study["num_slices"] = np.full(studies, slices, np.int32)
     per_study["patient_key"] = np.array(keys, object)
-    per_study["fingerprint"] = np.array([f"{name}-{'-'.join(windows)}" for name in names], object)
+    per_study["content"] = np.array([f"{name}-{'-'.join(windows)}" for name in names], object)
     image_id = np.full((studies, axis), "", object)
     image_id[:, :slices] = [[f"{name}.{k}" for k in range(slices)] for name in names]
     labels = np.full((studies, axis, len(LABELS)), -1, np.int8)

@@ -315,7 +315,7 @@ def convert(cohort: Cohort) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Index and preprocess once; every used slice decodes from the store. Returns the final manifest, and the totals."""
     config = cohort.config(preprocess__image_size=16)
     manifest, _, _ = build_manifest(config)
-    totals, changed = preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+    totals, changed = preprocess(config, manifest, data=cohort.data)
     store = Store(cohort.data / "store.zarr")
     assert [fault for _, faults in verify(store) for fault in faults] == []
     final = manifest.copy()

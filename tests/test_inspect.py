@@ -23,7 +23,7 @@ def store(cohort: Cohort) -> Store:
     cohort.add_study(2, 2)
     config = cohort.config()
     manifest, _, _ = build_manifest(config)
-    preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+    preprocess(config, manifest, data=cohort.data)
     return Store(cohort.data / "store.zarr")
 
 

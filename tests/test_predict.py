@@ -115,7 +115,7 @@ def make_trained(folder: Path, folds: list[int], **changes: Any) -> Trained:
     params = cohort.write_params(**values)
     config = cohort.config(**values)
     manifest, _, _ = build_manifest(config)
-    preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+    preprocess(config, manifest, data=cohort.data)
     store = Store(cohort.data / "store.zarr")
     write_folds(cohort.data / "folds", deal_folds(config, store), config=config, store=store)
     stages.train.main(argparse.Namespace(params=params, data=cohort.data, fold=None))

@@ -33,7 +33,7 @@ def run(cohort: Cohort, data: Path | None = None, **changes: Any) -> tuple[Store
     config = cohort.config(**changes)
     manifest, _, _ = build_manifest(config)
     data = data or cohort.data
-    totals, faults = preprocess(config, manifest, data=data, manifest_digest="m")
+    totals, faults = preprocess(config, manifest, data=data)
     return Store(data / "store.zarr"), totals, faults
 
 
@@ -133,7 +133,7 @@ def test_changed_window_makes_all_anew(cohort: Cohort) -> None:
     first, _, _ = run(cohort)
     second, _, _ = run(cohort, preprocess__windows={"bone": {"centre": 600, "width": 2800}})
     assert list(second.windows) == ["bone"]
-    assert second.per_study["fingerprint"][0] != first.per_study["fingerprint"][0]
+    assert second.per_study["content"][0] != first.per_study["content"][0]
     assert second.reader.read(0, 0).shape == (32, 32, 1)
 
 
@@ -184,7 +184,7 @@ def test_file_changed_after_index_is_an_error_and_what_is_finished_is_kept(cohor
     with pytest.raises(
         SourceError, match=r"1 file\(s\) changed, vanished or could not be read after index, 'ID_000020001.dcm' first"
     ):
-        preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+        preprocess(config, manifest, data=cohort.data)
     assert len(list((cohort.data / "wip" / "shards").glob("*.shard"))) == 2
     assert not (cohort.data / "store.zarr").exists()
     run(cohort)
@@ -197,9 +197,9 @@ def test_file_that_is_away_for_a_while_is_not_forgotten(cohort: Cohort) -> None:
     away = cohort.dicom / "ID_000010001.dcm"
     away.rename(cohort.folder / "away")
     with pytest.raises(SourceError, match="vanished or could not be read"):
-        preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+        preprocess(config, manifest, data=cohort.data)
     (cohort.folder / "away").rename(away)
-    preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+    preprocess(config, manifest, data=cohort.data)
     assert Store(cohort.data / "store.zarr").num_slices.tolist() == [3]
 
 
@@ -209,7 +209,7 @@ def test_vanished_source_is_an_error(cohort: Cohort) -> None:
     manifest, _, _ = build_manifest(config)
     cohort.dicom.rename(cohort.folder / "elsewhere")
     with pytest.raises(SourceError, match="was there when index ran and is gone"):
-        preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+        preprocess(config, manifest, data=cohort.data)
 
 
 def test_too_little_disk_is_said_before_the_start(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +236,7 @@ def test_crop_shows_the_head_and_the_store_says_where_it_was(cohort: Cohort) -> 
     assert 205 < side_mm < 235
     assert top_mm == pytest.approx(-side_mm / 2, abs=4)
     assert left_mm == pytest.approx(-side_mm / 2, abs=4)
-    assert cropped.per_study["fingerprint"][0] != whole.per_study["fingerprint"][0]
+    assert cropped.per_study["content"][0] != whole.per_study["content"][0]
     # the rim of the disk, mapped back by the box, lies where it lies in the file
     brain = cropped.reader.read(0, 0)[..., 0]
     columns = np.flatnonzero(brain[32] > 10)

@@ -437,7 +437,7 @@ def test_nothing_planted_leaves_the_stages(planted: Cohort, run_stage: Callable[
 def test_nothing_planted_is_drawn(planted: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
     config = planted.config()
     manifest, _, _ = build_manifest(config)
-    preprocess(config, manifest, data=planted.data, manifest_digest="m")
+    preprocess(config, manifest, data=planted.data)
     drawn: list[str] = []
     real = ImageDraw.ImageDraw.text
     monkeypatch.setattr(
@@ -463,7 +463,7 @@ def test_nothing_planted_leaves_dask_workers(
     headers.to_parquet(planted.data / "index" / "headers.parquet")
     os.utime(planted.dicom / "ID_000030001.dcm", ns=(1, 1))
     with pytest.raises(SourceError, match=r"'ID_000030001\.dcm' first") as refused:
-        preprocess(config, manifest, data=planted.data, manifest_digest="m")
+        preprocess(config, manifest, data=planted.data)
     out, err = capfd.readouterr()
     assert "Dask dashboard" in out
     assert len(list((planted.data / "wip" / "shards").glob("*.shard"))) >= 3

@@ -48,7 +48,7 @@ def elsewhere() -> Iterator[Path]:
 
 def publish(cohort: Cohort, target: Path | str, *, data: Path | None = None) -> None:
     config = cohort.config()
-    preprocess(config, build_manifest(config)[0], data=data or cohort.data, manifest_digest="m", store=str(target))
+    preprocess(config, build_manifest(config)[0], data=data or cohort.data, store=str(target))
 
 
 def fail_at(kind: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_store_that_a_killed_run_had_put_aside_is_given_back(cohort: Cohort, is_
         cohort.dicom.rename(cohort.folder / "away")
         config = cohort.config(preprocess__image_size=16)
         with pytest.raises(SourceError, match="was there when index ran and is gone"):
-            preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+            preprocess(config, manifest, data=cohort.data)
     assert tree_bytes(path) == before
     assert [name for name in os.listdir(cohort.data) if name.startswith(".store")] == []
 

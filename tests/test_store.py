@@ -30,7 +30,7 @@ from tests.conftest import ROOT, Cohort
 def make_store(cohort: Cohort, **changes: Any) -> Store:
     config = cohort.config(**changes)
     manifest, _, _ = build_manifest(config)
-    preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+    preprocess(config, manifest, data=cohort.data)
     return Store(cohort.data / "store.zarr")
 
 
@@ -192,7 +192,7 @@ def test_store_of_another_format_version_is_refused(store: Store, run_stage: Cal
     metadata = json.loads(metadata_path.read_text())
     metadata["attributes"]["format_version"] = 99
     metadata_path.write_text(json.dumps(metadata))
-    with pytest.raises(StoreError, match="format version 99, this code reads 3"):
+    with pytest.raises(StoreError, match="format version 99, this code reads 4"):
         Store(store.path)
     for stage in ("inspect", "train"):
         ran = run_stage(stage)

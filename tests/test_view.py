@@ -113,7 +113,7 @@ def make_store(folder: Path) -> Store:
         cohort.add_study(number, SLICES, labels=[None] * SLICES if number == STUDIES - 1 else bleeding)
     config = cohort.config()
     manifest, _, _ = build_manifest(config)
-    preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+    preprocess(config, manifest, data=cohort.data)
     return Store(cohort.data / "store.zarr")
 
 
@@ -316,7 +316,7 @@ def test_what_was_excluded_and_repaired_is_told_of_its_study(tmp_path: Path) -> 
     config = cohort.config()
     manifest, _, _ = build_manifest(config)
     write_manifest(cohort.data / "index" / "manifest.parquet", manifest)
-    preprocess(config, manifest, data=cohort.data, manifest_digest="m")
+    preprocess(config, manifest, data=cohort.data)
     catalogue = catalogue_of(Store(cohort.data / "store.zarr"))
     assert catalogue.overview()["studies"]["findings"] == [0, 2, 0]
     assert catalogue.describe_study(1)["findings"] == {"excluded: garbage": 1, "excluded: truncated pixels": 1}
