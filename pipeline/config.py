@@ -5,12 +5,13 @@ An unknown key, a missing key or a value out of range is refused with the key, t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
 from pipeline.labels import LABELS
@@ -29,6 +30,9 @@ MODELS = (
     "seresnext101",
 )
 
+SMALLEST_OF_BACKBONES = 32
+"""Rows and columns that every one of MONAI's backbones can take: they halve them five times."""
+
 SERIES_RULES = ("soft_tissue", "bone", "thin", "most_slices")
 """Which of a study's series is wanted: see `pipeline.series`."""
 
@@ -39,10 +43,29 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NaturalFloat = Annotated[float, Field(ge=0.0)]
 
+ALL_WINDOWS = "all"
+"""Where a window is asked for: every one of them."""
 
-UNION_MEMBERS = ("str", "int", "constrained-int", "none", "literal['auto']")
+
+def _refuse_odd_name(name: str) -> str:
+    if name == ALL_WINDOWS or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(
+            f"expected as a window's name a small letter, then small letters, digits and _, and not {ALL_WINDOWS}, which stands for "
+            f"every one"
+        )
+    return name
+
+
+WindowName = Annotated[str, AfterValidator(_refuse_odd_name)]
+
+UNION_MEMBERS = ("str", "bool", "int", "constrained-int", "constrained-str", "none", "literal['auto']")
 """What pydantic adds to a key whose value may have one of several types."""
 
+
+PYDANTICS_WORDS = re.compile(
+    r"^(Value error, |Input should be |(String|List|Dictionary) should have )| after validation| or instance of \w+"
+)
+"""What its messages have around that which is allowed."""
 
 LONGEST_SALT = 64
 """Bytes of a BLAKE2b key."""
@@ -125,7 +148,7 @@ class PreprocessConfig(Section):
 
     image_size: Annotated[int, Field(ge=16, le=2048)]
     crop: Literal["none", "head"]
-    windows: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Window], Field(min_length=1)]
+    windows: Annotated[dict[WindowName, Window], Field(min_length=1)]
     workers: Natural | Literal["auto"]
     scheduler: Annotated[str, Field(min_length=1)] | None
 
@@ -258,6 +281,15 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _large_enough_for_the_model(self) -> Config:
+        if self.train.model != "compact" and self.preprocess.image_size < SMALLEST_OF_BACKBONES:
+            raise ValueError(
+                f"preprocess.image_size = {self.preprocess.image_size} is too small for train.model = {self.train.model!r}, which "
+                f"takes {SMALLEST_OF_BACKBONES} and more; compact takes smaller ones"
+            )
+        return self
+
 
 class _UniqueKeys(yaml.SafeLoader):
     """YAML's safe loader, which of two equal keys would keep the last without a word."""
@@ -309,7 +341,7 @@ def _describe(error: ValidationError) -> list[str]:
     lines: list[str] = []
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"] if str(part) not in UNION_MEMBERS and "[" not in str(part))
-        message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        message = PYDANTICS_WORDS.sub("", fault["msg"])
         if fault["type"] == "missing":
             lines.append(f"{key}: missing; every key stands in the parameter file")
         elif fault["type"] == "extra_forbidden":
@@ -318,8 +350,17 @@ def _describe(error: ValidationError) -> list[str]:
             lines.append(f"{key}: {message}" if key else message)
         else:
             values[key] = fault["input"]
+            if fault["type"] == "float_type" and _is_number(fault["input"]):
+                message += " (to YAML this is text: an exponent needs a point before it and a sign, as in 2.0e-3)"
             allowed.setdefault(key, []).append(message)
     return lines + [f"{key} = {values[key]!r}: expected {' or '.join(messages)}" for key, messages in allowed.items()]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and float(value) == float(value)
+    except ValueError:
+        return False
 
 
 def without_folders(train: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,9 @@ class ResidualBlock(nn.Module):
             SqueezeExcite(outputs),
         )
         same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Sequential(nn.AvgPool2d(stride), nn.Conv2d(inputs, outputs, 1))
+        # rounded up, as the convolution beside it is: the last row of an odd number is a mean of its own
+        pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+        self.shortcut = nn.Identity() if same else nn.Sequential(pool, nn.Conv2d(inputs, outputs, 1))
         self.activation = nn.SiLU()
 
     def forward(self, features_NCHW: Tensor) -> Tensor:

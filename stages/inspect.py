@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.config import load_config
+from pipeline.config import ALL_WINDOWS, load_config
 from pipeline.errors import DamageError, IchorError
 from pipeline.excluded import draw_exclusions, list_exclusions, read_exclusions
 from pipeline.files import human_bytes
@@ -91,10 +91,10 @@ def main(arguments: argparse.Namespace) -> None:
 def _draw(store: Store, arguments: argparse.Namespace) -> None:
     names = list(store.windows)
     wanted = arguments.window or names[0]
-    if wanted != "all" and wanted not in names:
+    if wanted != ALL_WINDOWS and wanted not in names:
         raise IchorError(f"--window {wanted}: the store has {', '.join(names)}; give one of them, or all")
     study = store.find_study(arguments.study)
-    sheet = draw_sheet(store, study, names if wanted == "all" else [wanted])
+    sheet = draw_sheet(store, study, names if wanted == ALL_WINDOWS else [wanted])
     out = arguments.out or Path("sheet.png")
     _save(sheet, out)
     print(f"study {study} of {len(store.study)}: {out}")

@@ -48,6 +48,10 @@ def test_committed_parameter_files_are_valid(name: str) -> None:
         ("train.learning_rate", 0, "greater than 0"),
         ("folds.count", 1, "2"),
         ("source.dicom", 7, "string"),
+        ("source.dicom", [], "a valid string or at least 1 item, not 0"),
+        ("train.pretrained", 3, "a valid boolean or a valid string"),
+        ("train.learning_rate", "2e-3", "as in 2.0e-3"),
+        ("train", None, "a valid dictionary"),
     ],
 )
 def test_bad_value_is_refused_with_key_value_and_what_is_allowed(
@@ -73,6 +77,24 @@ def test_missing_key_is_refused_by_name(tmp_path: Path) -> None:
 def test_fold_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"names fold 5, but folds.count = 5"):
         load_config(write(tmp_path, set_key("train.folds", [0, 5])))
+
+
+@pytest.mark.parametrize("name", ["Brain", "all", "1st", "b-c"])
+def test_window_of_an_odd_name_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"preprocess\.windows\.{name}: expected as a window's name a small letter"):
+        load_config(write(tmp_path, set_key("preprocess.windows", {name: {"centre": 40, "width": 80}})))
+
+
+def test_slices_too_small_for_a_backbone_are_refused(tmp_path: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["preprocess"]["image_size"] = 24
+        values["train"]["model"] = "densenet121"
+
+    with pytest.raises(
+        ConfigError, match=r"image_size = 24 is too small for train\.model = 'densenet121', which takes 32"
+    ):
+        load_config(write(tmp_path, change))
+    assert load_config(write(tmp_path, set_key("preprocess.image_size", 24))).train.model == "compact"
 
 
 def test_key_that_stands_twice_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import MODELS
+from pipeline.config import MODELS, SMALLEST_OF_BACKBONES
 from pipeline.errors import ConfigError
 from pipeline.labels import LABELS
 from pipeline.model import PRIOR_LOGIT, SliceNet, adapt_channels, build_model
@@ -94,6 +94,18 @@ def test_networks_learn_from_any_number_of_channels(name: str) -> None:
         assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
         assert gradients[0] is not None
         assert gradients[0].any()  # it reaches the first convolution
+
+
+@pytest.mark.parametrize("size", [16, 31, 33, 100])
+def test_compact_takes_every_size(size: int) -> None:
+    network = build_model("compact", channels=1, dropout=0.0)
+    assert network(draw_slices(channels=1, size=size)).shape == (2, len(LABELS))
+
+
+@pytest.mark.parametrize("name", FAMILIES[1:])
+def test_backbones_take_the_smallest_size_that_is_allowed(name: str) -> None:
+    network = build_model(name, channels=1, dropout=0.0)
+    assert network(draw_slices(channels=1, size=SMALLEST_OF_BACKBONES)).shape == (2, len(LABELS))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
