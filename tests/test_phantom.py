@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.config import PhantomConfig
 from pipeline.errors import IchorError
+from pipeline.files import only_one
 from pipeline.labels import ANY, LABELS, SUBTYPES, read_labels
 from pipeline.phantom import cohort, study
 from pipeline.phantom.bleeds import VISIBLE_MM2, draw_bleed
@@ -107,6 +108,33 @@ def test_stopped_cohort_goes_on_and_shows_nothing_before_it_is_whole(
     assert begun == [0, 1, 1], "the finished study is not made again"
     assert contents(folder) == contents(tiny)
     assert not list(wip.iterdir())
+
+
+def test_cohort_that_was_stopped_between_its_two_names_is_whole_again(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, wip = tmp_path / "phantom", tmp_path / "wip"
+    rename = Path.rename
+
+    def stops_at_the_labels(path: Path, target: Path) -> Path:
+        if path.suffix == ".csv":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", stops_at_the_labels)
+        with pytest.raises(KeyboardInterrupt):
+            write_cohort(TINY, folder=folder, wip=wip, workers=0)
+    write_cohort(TINY, folder=folder, wip=wip, workers=0)
+    assert contents(folder) == contents(tiny)
+
+
+def test_second_run_at_once_is_refused(tmp_path: Path) -> None:
+    with (
+        only_one(tmp_path / "wip" / "phantom.lock", "phantom"),
+        pytest.raises(IchorError, match="another phantom is running on"),
+    ):
+        write_cohort(TINY, folder=tmp_path / "phantom", wip=tmp_path / "wip", workers=0)
 
 
 def test_full_disk_is_refused_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -23,8 +18,9 @@ from typing import Literal
 import cv2
 import numpy as np
 
+from pipeline.cluster import run_tasks
 from pipeline.config import PhantomConfig
-from pipeline.files import remove_folder, require_free_space
+from pipeline.files import only_one, remove_folder, require_free_space, write_bytes
 from pipeline.labels import LABELS
 from pipeline.phantom.dicom_writer import StoredForm, stored_values, write_rsna_slice
 from pipeline.phantom.study import WRAPPED_STUDY, StudyPlan, plan_cohort, render_study
@@ -54,18 +50,26 @@ def write_cohort(config: PhantomConfig, *, folder: Path, wip: Path, workers: int
         What was made, in a few lines.
 
     Raises:
-        IchorError: the disk has too little space.
+        IchorError: the disk has too little space, or another run is at it.
     """
+    with only_one(wip / "phantom.lock", "phantom", is_kept=False):
+        return _write_cohort(config, folder, wip, workers)
+
+
+def _write_cohort(config: PhantomConfig, folder: Path, wip: Path, workers: int | str) -> str:
     plans = plan_cohort(config)
     unfinished = wip / f"phantom-{_fingerprint(config)}"
+    if not (unfinished / "dicom").is_dir():  # it has never been, or was given its name just before a run was killed
+        remove_folder(unfinished)
     todo = [plan for plan in plans if not _labels_path(unfinished, plan).is_file()]
     if todo:
         require_free_space(wip, sum(map(needed_bytes, todo)) + SPARE_BYTES, f"writing {len(todo)} phantom studies")
     (unfinished / "dicom").mkdir(parents=True, exist_ok=True)
-    processes = len(os.sched_getaffinity(0)) if workers == "auto" else workers
+    workers = 0 if len(todo) < 2 else workers  # not worth starting processes for
+    tasks = [(plan, str(unfinished)) for plan in todo]
     with Progress(len(plans), what="phantom", unit="studies") as progress:
         progress.advance(len(plans) - len(todo))
-        for _ in _in_parallel(todo, unfinished, min(processes, len(todo))):
+        for _ in run_tasks(_finish_study, tasks, workers=workers, scheduler=None, describe=_describe_task):
             progress.advance()
     labels = {plan.number: _read_labels(_labels_path(unfinished, plan)) for plan in plans}
     _publish(unfinished, folder, labels)
@@ -138,42 +142,15 @@ def describe(plans: list[StudyPlan], labels: dict[int, Labels]) -> str:
     return "\n".join(lines)
 
 
-def _in_parallel(plans: list[StudyPlan], folder: Path, processes: int) -> Iterator[None]:
-    """Write the studies, and yield as each is finished."""
-    if processes == 0:
-        for plan in plans:
-            _finish_study(plan, folder)
-            yield
-        return
-    with _pool(processes) as pool:
-        for future in as_completed([pool.submit(_finish_study, plan, folder) for plan in plans]):
-            yield future.result()
-
-
-@contextmanager
-def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool that drops what has not begun when this process is stopped; studies under way are finished (2 s)."""
-    # spawned, not forked: a fork copies locks that other threads hold
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_ignore_interrupt)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _ignore_interrupt() -> None:
-    """Ctrl-C reaches every process of the terminal; only the parent answers it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _finish_study(plan: StudyPlan, folder: Path) -> None:
+def _finish_study(task: tuple[StudyPlan, str]) -> None:
     """Write a study and, once it is whole, its labels: they are the mark that it is finished."""
+    plan, folder = task[0], Path(task[1])
     labels = write_study(plan, folder / "dicom")
-    path = _labels_path(folder, plan)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(labels), encoding="utf-8")
-    unfinished.replace(path)
+    write_bytes(_labels_path(folder, plan), json.dumps(labels).encode(), synced=False)
+
+
+def _describe_task(task: tuple[StudyPlan, str]) -> str:
+    return f"phantom study {task[0].number}"
 
 
 def _labels_path(folder: Path, plan: StudyPlan) -> Path:
