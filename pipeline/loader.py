@@ -7,6 +7,8 @@ resumed run gets the same batches. Pixels stay uint8 until they are on the devic
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -309,6 +311,7 @@ class Loader:
             num_workers=self.workers,
             prefetch_factor=PREFETCH,
             collate_fn=_keep,
+            worker_init_fn=_end_with_the_trainer,
             multiprocessing_context=_context(),
             persistent_workers=True,
             # Its own: else torch draws a seed from the generator that dropout uses, once a pass, and a resumed run differs.
@@ -354,6 +357,16 @@ class _Maker(Dataset[_Made]):
             return self.dataset.fill(name, _buffer(self.ring, number, self.dataset.shape(len(name.numbers))).numpy())
         except (IchorError, OSError) as error:
             return error  # raised here, torch would put a traceback into its message
+
+
+def _end_with_the_trainer(_worker: int) -> None:
+    """A worker that waits for the end of who started it: torch's own waits for the server that forked it, which waits for its workers."""
+
+    def watch(trainer: Any) -> None:
+        trainer.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, args=[multiprocessing.parent_process()], name="watch", daemon=True).start()
 
 
 def _keep(made: Any) -> Any:

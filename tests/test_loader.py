@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from pipeline.config import AugmentConfig, SamplingConfig
@@ -19,7 +22,7 @@ from pipeline.loader import PADDING, BatchName, Loader, SliceDataset, epoch_orde
 from pipeline.reader import SliceReader, shard_name
 from pipeline.shard import build_shard, encode_chunk
 from pipeline.store import Store
-from tests.conftest import Cohort
+from tests.conftest import ROOT, Cohort
 from tests.test_store import make_store
 
 EACH_ONCE = SamplingConfig(balance=0.0, negatives=1.0)
@@ -231,6 +234,33 @@ def test_killed_worker_is_said_to_have_been_killed(store: Store, load: Callable[
     os.kill(worker_pids(loader)[0], signal.SIGKILL)
     with pytest.raises(IchorError, match=r"cannot go on.*/dev/shm"):
         list(batches)
+
+
+TRAINER = """
+import sys, time
+from pathlib import Path
+from pipeline.loader import Loader, name_batches
+from pipeline.store import Store
+from tests.test_loader import dataset_of, worker_pids
+if __name__ == "__main__":
+    dataset = dataset_of(Store(Path(sys.argv[1])))
+    loader = Loader(dataset, workers=2)
+    batches = loader.batches(name_batches(dataset.slices[:, 0] * 0, batch_size=1))
+    next(batches)
+    print(*worker_pids(loader), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_end_with_a_trainer_that_was_killed(store: Store) -> None:
+    command = [sys.executable, "-c", TRAINER, str(store.path)]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": "."}, stdout=subprocess.PIPE) as trainer:
+        assert trainer.stdout is not None
+        workers = [psutil.Process(int(pid)) for pid in trainer.stdout.readline().split()]
+        assert len(workers) == 2
+        trainer.kill()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE] == []
 
 
 # memory
