@@ -7,6 +7,10 @@ class IchorError(ValueError):
     """A mistake in the input, the parameters or the files; a stage prints it without a traceback."""
 
 
+class UsageError(IchorError):
+    """Arguments that do not go together, or an argument's value that is not allowed; a stage ends with exit code 2."""
+
+
 class ConfigError(IchorError):
     """A parameter is missing, unknown or has a value that is not allowed."""
 

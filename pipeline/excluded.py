@@ -10,11 +10,11 @@ import numpy.typing as npt
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.config import Config
+from pipeline.errors import SourceError
 from pipeline.manifest import EXCLUDED, REASONS, read_manifest
 from pipeline.place import Place
 from pipeline.sheet import BACKGROUND, CAPTION_PX, INK, MARGIN_PX, QUIET, TILE_PX
-from pipeline.source import IDENTITY, containers
+from pipeline.source import IDENTITY, containers, is_there
 
 EACH = 8
 """Slices of a reason in the picture, evenly spread over its files."""
@@ -50,26 +50,38 @@ def list_exclusions(excluded: pd.DataFrame) -> dict[str, list[str]]:
     return {str(reason): names[excluded["reason"] == reason].tolist() for reason in counts.index}
 
 
-def draw_exclusions(excluded: pd.DataFrame, config: Config) -> tuple[Image.Image, int]:
+def draw_exclusions(excluded: pd.DataFrame, sources: list[str]) -> tuple[Image.Image, int]:
     """Draw the excluded slices that can be decoded, a row for each reason.
+
+    Args:
+        excluded: from `read_exclusions`.
+        sources: the entries of `source.dicom` that were indexed.
 
     Returns:
         An RGB image, and how many slices are in it.
+
+    Raises:
+        SourceError: a source is not there.
     """
+    gone = [source for source in sources if not is_there(source)]
+    if gone:
+        raise SourceError(
+            f"source.dicom: {gone[0]} is not there, and nothing of it can be drawn; give --params FILE with the sources that were indexed"
+        )
     rows = []
     for reason in excluded["reason"].value_counts().index:
         of_reason = excluded[(excluded["reason"] == reason) & (excluded["rows"] > 0)]
         chosen = of_reason.iloc[
             np.unique(np.linspace(0, max(0, len(of_reason) - 1), EACH).astype(int))[: len(of_reason)]
         ]
-        tiles = [tile for record in _records(chosen, config) if (tile := _draw_tile(*record)) is not None]
+        tiles = [tile for record in _records(chosen, sources) if (tile := _draw_tile(*record)) is not None]
         if tiles:
             rows.append((str(reason), int((excluded["reason"] == reason).sum()), tiles))
     return _lay_out(rows), sum(len(tiles) for _, _, tiles in rows)
 
 
-def _records(chosen: pd.DataFrame, config: Config) -> list[tuple[Place, dict[str, Any]]]:
-    places = containers(config.source.entries, chosen)
+def _records(chosen: pd.DataFrame, sources: list[str]) -> list[tuple[Place, dict[str, Any]]]:
+    places = containers(sources, chosen)
     facts = chosen.to_dict("records")
     return [
         (

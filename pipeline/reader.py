@@ -8,7 +8,7 @@ is, and kept: 512 bytes a study, 13 MB for 25,000, which worker processes can sh
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any
@@ -145,10 +145,10 @@ class SliceReader:
             decode_chunk(chunk, out)
         except FileNotFoundError:
             self._require_same()
-            raise self._damage(study, slice_number, DamageError("its shard is missing")) from None
+            raise self._damage(study, [slice_number], DamageError("its shard is missing")) from None
         except DamageError as damage:
             self._require_same()
-            raise self._damage(study, slice_number, damage) from None
+            raise self._damage(study, [slice_number], damage) from None
 
     def read(self, study: int, slice_number: int) -> npt.NDArray[np.uint8]:
         """Read one slice: uint8 [row, column, window]."""
@@ -172,16 +172,25 @@ class SliceReader:
         out = np.empty(self.shape, np.uint8)
         first = self._first_part[study]
         self._places[first : first + self._parts[study]] = 0  # what is in memory proves nothing about the disk
-        for slice_number in range(self.num_slices[study]):
+        for part in range(self._parts[study]):
+            slices = range(part * SLOTS, min(part * SLOTS + SLOTS, int(self.num_slices[study])))
             try:
-                self.read_into(study, slice_number, out)
-            except DamageError as damage:
-                yield str(damage)
+                read_index(shard_name(study, part), self._open_folder())
+            except DamageError as damage:  # once, not for each slice
+                self._require_same()
+                yield str(self._damage(study, slices, damage))
+                continue
+            for slice_number in slices:
+                try:
+                    self.read_into(study, slice_number, out)
+                except DamageError as damage:
+                    yield str(damage)
 
-    def _damage(self, study: int, slice_number: int, damage: DamageError) -> DamageError:
+    def _damage(self, study: int, slices: Sequence[int], damage: DamageError) -> DamageError:
+        which = f"slice {slices[0]}" if len(slices) == 1 else f"slices {slices[0]} to {slices[-1]}"
         return DamageError(
-            f"{self.pixels / shard_name(study, slice_number // SLOTS)}: study {self.study_uids[study]}, slice "
-            f"{slice_number}: {damage}; run `python -m stages.inspect --verify --discard`, then preprocess again"
+            f"{self.pixels / shard_name(study, slices[0] // SLOTS)}: study {self.study_uids[study]}, {which}: {damage}; "
+            f"run `python -m stages.inspect --verify --discard`, then preprocess again"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from pipeline.errors import IchorError
+from pipeline.errors import IchorError, UsageError
+from pipeline.files import human_bytes, is_disk_full
 
 
 class _Terminated(KeyboardInterrupt):
@@ -56,6 +58,8 @@ def door(
     if add_arguments:
         add_arguments(parser)
     arguments = parser.parse_args()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal of few letters shows ? for the others
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _stop)  # instead of the one of the imports
@@ -68,14 +72,22 @@ def _run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespa
         sys.stdout.flush()
     except IchorError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except OSError as error:
         if error.errno is None:
             raise
         if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        if is_disk_full(error):
+            free = human_bytes(shutil.disk_usage(arguments.data).free) if arguments.data.is_dir() else "too little"
+            print(
+                f"error: {error.filename or arguments.data}: the disk is full ({free} free where {arguments.data} is); free some space, or "
+                f"give --data another disk, and run the same command again",
+                file=sys.stderr,
+            )
+        else:
+            print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"\n{stopped}", file=sys.stderr)

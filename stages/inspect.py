@@ -9,6 +9,7 @@ python -m stages.inspect --excluded --out out.png     what was excluded and why,
 """
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -17,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import ALL_WINDOWS, load_config
-from pipeline.errors import DamageError, IchorError
+from pipeline.errors import DamageError, IchorError, UsageError
 from pipeline.excluded import draw_exclusions, list_exclusions, read_exclusions
-from pipeline.files import human_bytes
+from pipeline.files import human_bytes, write_output
 from pipeline.manifest import REASONS, describe_account
 from pipeline.progress import Progress
 from pipeline.sheet import draw_sheet
@@ -29,6 +30,16 @@ from stages.common import door
 
 SHOWN = 10
 """Files listed of each reason; enough to see what they have in common."""
+
+TAKEN_BY = {
+    "window": ("study",),
+    "out": ("study", "excluded"),
+    "discard": ("verify",),
+    "json": ("", "excluded", "histogram", "tree"),
+}
+"""What each option goes with; "" is the summary."""
+
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
 BINS, BAR = 16, 48
 """Lines of a histogram, and characters of its longest bar: a window fits a terminal of 80 columns by 24 lines."""
@@ -69,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    _refuse_what_does_not_go_together(arguments)
     if arguments.excluded:  # also where there is no store: perhaps too much was excluded to make one
         _show_exclusions(arguments)
         return
@@ -88,11 +100,25 @@ def main(arguments: argparse.Namespace) -> None:
         _summarize(store)
 
 
+def _refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
+    asked = [name for name in ("excluded", "histogram", "tree", "verify") if getattr(arguments, name)]
+    if arguments.study is not None and asked != ["histogram"]:
+        asked.append("study")
+    if len(asked) > 1:
+        raise UsageError(f"--{asked[0]} and --{asked[1]}: give one of them")
+    for option, takers in TAKEN_BY.items():
+        if getattr(arguments, option) and (asked[0] if asked else "") not in takers:
+            named = " or ".join(f"--{name}" if name else "the summary" for name in takers)
+            raise UsageError(f"--{option} goes with {named}")
+    if arguments.out and arguments.out.suffix.lower() not in PICTURES:
+        raise UsageError(f"--out {arguments.out}: expected a name that ends in {', '.join(PICTURES)}")
+
+
 def _draw(store: Store, arguments: argparse.Namespace) -> None:
     names = list(store.windows)
     wanted = arguments.window or names[0]
     if wanted != ALL_WINDOWS and wanted not in names:
-        raise IchorError(f"--window {wanted}: the store has {', '.join(names)}; give one of them, or all")
+        raise UsageError(f"--window {wanted}: the store has {', '.join(names)}; give one of them, or all")
     study = store.find_study(arguments.study)
     sheet = draw_sheet(store, study, names if wanted == ALL_WINDOWS else [wanted])
     out = arguments.out or Path("sheet.png")
@@ -101,10 +127,12 @@ def _draw(store: Store, arguments: argparse.Namespace) -> None:
 
 
 def _save(picture: Image.Image, out: Path) -> None:
+    content = io.BytesIO()
+    picture.save(content, PICTURES[out.suffix.lower()])
     try:
-        picture.save(out)
-    except ValueError:
-        raise IchorError(f"--out {out}: the name's ending is that of no picture; give a .png") from None
+        write_output(out, content.getvalue())
+    except OSError as error:
+        raise IchorError(f"--out {out}: {error.strerror}") from None
 
 
 def _show_exclusions(arguments: argparse.Namespace) -> None:
@@ -122,7 +150,7 @@ def _show_exclusions(arguments: argparse.Namespace) -> None:
             if len(names) > SHOWN:
                 print(f"  and {len(names) - SHOWN:,} more (--json lists all)")
     if arguments.out:
-        picture, count = draw_exclusions(excluded, load_config(arguments.params))
+        picture, count = draw_exclusions(excluded, load_config(arguments.params).source.entries)
         _save(picture, arguments.out)
         print(f"{count} slices drawn: {arguments.out}", file=sys.stderr)
 
@@ -182,7 +210,7 @@ def _verify(store: Store, arguments: argparse.Namespace) -> None:
         for study in damaged:
             discard_shards(store, study, [folder for folder in folders if folder.is_dir()])
     remedy = (
-        "dropped; run `dvc repro --force preprocess` (or `python -m stages.preprocess`) to make them anew"
+        "dropped; run `dvc repro` (or `python -m stages.preprocess`) to make them anew"
         if arguments.discard
         else "add --discard to drop them, so that preprocess makes them anew"
     )

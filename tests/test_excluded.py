@@ -66,6 +66,12 @@ def test_what_can_be_decoded_is_drawn(cohort: Cohort, run_stage: Callable[..., A
     assert "3 slices drawn" in ran.err
     picture = np.asarray(Image.open(out))
     assert ((picture == (250, 10, 10)).all(axis=-1)).sum() >= 64 * 64
+    out.unlink()
+    cohort.dicom.rename(cohort.folder / "elsewhere")
+    ran = run_stage("inspect", "--excluded", "--out", str(out))
+    assert ran.code == 1
+    assert "give --params FILE with the sources that were indexed" in ran.err
+    assert not out.exists()
 
 
 def test_file_that_was_replaced_by_a_better_one_is_no_longer_listed(

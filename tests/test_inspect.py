@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import zarr
 
 from pipeline.index import build_manifest
 from pipeline.preprocess import preprocess
+from pipeline.reader import shard_name
 from pipeline.store import Store
-from pipeline.survey import count_values, describe_arrays, survey
+from pipeline.survey import count_values, describe_arrays, survey, verify
 from tests.conftest import Cohort
 
 
@@ -71,3 +73,42 @@ def test_the_door_shows_tree_and_histogram(store: Store, run_stage: Callable[...
     assert "from             30 HU" in fullest  # the cohort's disk has 31 to 33 HU
     as_json = json.loads(run_stage("inspect", "--histogram", "--json").out)
     assert as_json["soft"] == count_values(store)[2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--tree --verify", "--tree and --verify: give one of them"),
+        ("--excluded --study 0", "--excluded and --study: give one of them"),
+        ("--discard", "--discard goes with --verify"),
+        ("--out sheet.png", "--out goes with --study or --excluded"),
+        ("--histogram --window brain", "--window goes with --study"),
+        ("--verify --json", "--json goes with the summary or --excluded or --histogram or --tree"),
+        ("--study 0 --out sheet.bmp", "expected a name that ends in .png, .jpg, .jpeg"),
+        ("--study 0 --window bone", "the store has brain, subdural, soft"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    store: Store, run_stage: Callable[..., Any], given: str, said: str
+) -> None:
+    ran = run_stage("inspect", *given.split())
+    assert ran.code == 2
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_missing_shard_is_one_line_of_verify(store: Store) -> None:
+    (store.path / "pixels" / shard_name(0, 0)).unlink()
+    faults = [fault for _, of_study in verify(store) for fault in of_study]
+    assert len(faults) == 1
+    assert "study ID_0000000001, slices 0 to 2: the shard is missing" in faults[0]
+
+
+def test_picture_that_cannot_be_written_leaves_nothing(
+    store: Store, tmp_path: Path, run_stage: Callable[..., Any]
+) -> None:
+    (tmp_path / "sheet.png").mkdir()
+    ran = run_stage("inspect", "--study", "0", "--out", str(tmp_path / "sheet.png"))
+    assert ran.code == 1
+    assert f"--out {tmp_path}/sheet.png: Is a directory" in ran.err
+    assert not list(tmp_path.glob(".*.tmp"))
