@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +78,12 @@ class Model:
         }
 
 
-def find_models(path: Path) -> list[Path]:
+def find_models(path: Path, folds: Sequence[int] | None = None) -> list[Path]:
     """The files of a run's folds, or of the one that is named.
 
     Args:
         path: a ``model.pt``, a fold's folder, or the folder of all folds.
+        folds: only these, if they are of the run: others may be left of an earlier one.
 
     Raises:
         CheckpointError: there is none.
@@ -89,6 +91,8 @@ def find_models(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     found = [path / MODEL_FILE] if (path / MODEL_FILE).is_file() else sorted(path.glob(f"fold-*/{MODEL_FILE}"))
+    if folds is not None:
+        found = [file for file in found if file.parent.name in [f"fold-{fold}" for fold in folds]]
     if not found:
         raise CheckpointError(
             f"{path}: no model; run `python -m stages.train` (or `dvc repro`) first, or give --model a {MODEL_FILE}, or a "
@@ -144,6 +148,10 @@ def _require_each_once(paths: Sequence[Path], contents: Sequence[dict[str, Any]]
 
 
 def _read_file(path: Path) -> dict[str, Any]:
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path}: not a model, nor a whole file of torch.save; expected a {MODEL_FILE} of stages.train"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     # on damaged bytes torch.load raises what it stumbles on: struct.error, AssertionError ...

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from pipeline.answer import (
@@ -40,10 +41,10 @@ from pipeline.answer import (
     study_table,
     submission,
 )
-from pipeline.config import load_config
+from pipeline.config import Config, load_config
 from pipeline.dicom_out import remove_studies, write_study
-from pipeline.errors import ConfigError, IchorError, SourceError
-from pipeline.files import write_bytes, write_json
+from pipeline.errors import IchorError, SourceError, UsageError
+from pipeline.files import only_one, write_bytes, write_json
 from pipeline.labels import ANY, LABELS, SUBTYPES
 from pipeline.manifest import account, describe_account
 from pipeline.operating import OperatingPoints, find_operating_points, read_operating_points, shorten_path
@@ -61,7 +62,10 @@ STOPPED = "stopped; sheets of the studies that were read are written, tables are
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="folders, files, zips, globs or URLs of studies")
     parser.add_argument(
-        "--model", type=Path, metavar="RUN", help="a model.pt, or a folder of folds, averaged (default: <data>/train)"
+        "--model",
+        type=Path,
+        metavar="RUN",
+        help="a model.pt, or a folder of folds, averaged (default: those of train.folds in <data>/train)",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("predictions"), metavar="FOLDER", help="where to write (default: %(default)s)"
@@ -84,17 +88,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     if arguments.sample and not arguments.submission:
-        raise ConfigError("--sample says how the rows of --submission FILE are ordered; give that too")
+        raise UsageError("--sample says how the rows of --submission FILE are ordered; give that too")
     if arguments.submission and arguments.submission.is_dir():
-        raise ConfigError(f"--submission {arguments.submission}: a folder is there; give the name of a file")
+        raise UsageError(f"--submission {arguments.submission}: a folder is there; give the name of a file")
     if arguments.sample:
         read_sample(arguments.sample)  # a wrong one is told now, not when all is predicted
     config = load_config(arguments.params)
-    paths = find_models(arguments.model or arguments.data / "train")
+    paths = (
+        find_models(arguments.model) if arguments.model else find_models(arguments.data / "train", config.train.folds)
+    )
     model = read_model(paths, device=config.train.device, store=arguments.data / "store.zarr")
     points = _find_points(arguments.operating_points, paths[0], model)
     with contextlib.redirect_stdout(sys.stderr):  # what index says is no part of the answer
         manifest = index_studies(arguments.paths, config)
+    lock = only_one(
+        arguments.out / ".lock", "predict", where=arguments.out, otherwise="or give another --out", is_kept=False
+    )
+    with lock:
+        _predict(arguments, config, manifest, model, points)
+
+
+def _predict(
+    arguments: argparse.Namespace, config: Config, manifest: pd.DataFrame, model: Model, points: OperatingPoints
+) -> None:
     started_s = time.monotonic()
     sheets = arguments.out / "sheets"
     # of an earlier run: a stopped one leaves nothing that looks like its own

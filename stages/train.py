@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 from pipeline.checkpoint import MODEL_FORMAT, write_tensors
 from pipeline.config import Config, load_config
-from pipeline.errors import ConfigError, IchorError
+from pipeline.errors import IchorError, UsageError
 from pipeline.files import only_one, remove_folder, write_bytes, write_json, write_parquet
 from pipeline.fold import FoldResult, train_fold
 from pipeline.folds import read_folds
@@ -30,7 +30,7 @@ def main(arguments: argparse.Namespace) -> None:
     store = Store(arguments.data / "store.zarr")
     table = read_folds(arguments.data / "folds", store, config)
     if arguments.fold is not None and not 0 <= arguments.fold < config.folds.count:
-        raise ConfigError(
+        raise UsageError(
             f"--fold {arguments.fold}: folds.count = {config.folds.count} makes folds 0 to {config.folds.count - 1}"
         )
     wip = arguments.data / "wip" / "train"

@@ -36,7 +36,7 @@ from pipeline.answer import (
     submission,
 )
 from pipeline.config import Config, PhantomConfig, Window
-from pipeline.errors import CheckpointError, ConfigError, LabelError, SourceError
+from pipeline.errors import CheckpointError, LabelError, SourceError, UsageError
 from pipeline.folds import deal_folds, write_folds
 from pipeline.gradcam import explain_slices
 from pipeline.held_out import Scored, to_studies
@@ -453,7 +453,7 @@ def test_the_door_writes_a_submission_and_prints_json_alone(
             LabelError,
             "1 of its 1 rows have no prediction",
         ),
-        (["--sample", str(sample)], ConfigError, "give that too"),
+        (["--sample", str(sample)], UsageError, "give that too"),
         (["--model", "none"], CheckpointError, "none: no model"),
         (["--operating-points", str(sample)], CheckpointError, "sample.csv: not the operating points of an evaluation"),
     ):
@@ -674,8 +674,9 @@ def test_a_file_that_is_no_such_model_is_refused_by_name(trained: Trained, tmp_p
     gru = {**content["params"], "sequence": {**content["params"]["sequence"], "kind": "gru"}}
     store = trained.cohort.data / "store.zarr"
     for made, said in (
-        (b"no model", "cannot be read as a model"),
-        (path.read_bytes()[:-400], "cannot be read as a model"),
+        (b"no model", "not a model, nor a whole file of torch.save"),
+        (path.read_bytes()[:-400], "not a model, nor a whole file of torch.save"),
+        (b"PK\5\6" + bytes(18), "cannot be read as a model"),  # a zip of nothing
         ([1], "it holds a list"),
         ({"weights": 1}, "it lacks fold, image_size, members"),
         ({**content, "params": {}}, "it lacks batch_size, dropout, model"),
@@ -698,6 +699,16 @@ def test_a_file_that_is_no_such_model_is_refused_by_name(trained: Trained, tmp_p
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=r"its store cannot be asked: .* no store"):
         read_model([tmp_path / "model.pt"], device="cpu", store=tmp_path / "none.zarr")
+
+
+def test_folds_left_of_an_earlier_run_are_passed_over(tmp_path: Path) -> None:
+    for fold in (0, 1, 10):
+        (tmp_path / f"fold-{fold}").mkdir()
+        (tmp_path / f"fold-{fold}" / "model.pt").touch()
+    assert find_models(tmp_path, [1]) == [tmp_path / "fold-1" / "model.pt"]
+    assert len(find_models(tmp_path)) == 3
+    with pytest.raises(CheckpointError, match="no model; run"):
+        find_models(tmp_path, [2])
 
 
 def test_a_path_without_a_study_is_told(trained: Trained, tmp_path: Path) -> None:

@@ -683,5 +683,5 @@ def test_absent_device_is_refused() -> None:
 def test_fold_that_does_not_exist_is_refused(config: Config, run_stage: Callable[..., Any]) -> None:
     assert run_stage("folds").code == 0
     ran = run_stage("train", "--fold", "9")
-    assert ran.code == 1
+    assert ran.code == 2
     assert "folds.count = 3 makes folds 0 to 2" in ran.err
