@@ -10,7 +10,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 .PHONY: help setup run test test-long lint bench prune clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.pins ## Build .venv from requirements.txt
 
@@ -46,5 +46,6 @@ prune: setup ## Free the disk of unfinished work and cached outputs that nothing
 	python -m stages.prune
 	dvc gc --workspace --force
 
-clean: ## Remove .venv and everything that a run has made
-	rm -rf $(VENV) data/wip data/index data/preprocess data/store.zarr data/folds data/train data/live/*/fold-* data/report data/phantom/dicom data/phantom/labels.csv .dvc/cache .dvc/tmp
+clean: ## Remove .venv and everything that a run has made; what is committed stays
+	rm -rf $(VENV) .dvc/cache .dvc/tmp dvc_plots predictions data/wip data/index data/preprocess data/store.zarr data/.store.zarr.* data/folds \
+		data/train data/live/*/fold-* data/report/*.html data/report/*.csv data/report/*.parquet data/phantom/dicom data/phantom/labels.csv

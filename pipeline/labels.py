@@ -6,6 +6,7 @@ The CSV has two columns, ``ID,Label``; an ID is ``<image id>_<label name>`` and 
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -59,13 +60,17 @@ def read_labels(path: Path | str) -> pd.DataFrame:
 def _read_columns(path: Path) -> tuple[pa.ChunkedArray, np.ndarray]:
     """The IDs, and the values as 0 and 1, row by row."""
     if not path.is_file():
-        raise LabelError(f"{path}: the label CSV does not exist; set source.labels to a CSV with the columns ID,Label")
+        found = "a folder" if path.is_dir() else "the label CSV does not exist"
+        raise LabelError(f"{path}: {found}; set source.labels to a CSV with the columns ID,Label")
     if path.stat().st_size == 0:
         raise LabelError(f"{path}: empty file; expected the header ID,Label")
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         header = [column.strip().strip('"') for column in file.readline().split(",")]
+        has_rows = bool(file.read(1))
     if header != HEADER:
         raise LabelError(f"{path}: expected the header ID,Label, found {','.join(header)[:80]!r}")
+    if not has_rows:
+        return pa.chunked_array([pa.array([], pa.string())]), np.zeros(0, np.int8)
     options = pyarrow.csv.ConvertOptions(
         column_types={"ID": pa.string(), "Label": pa.dictionary(pa.int32(), pa.string())}, strings_can_be_null=False
     )
@@ -80,8 +85,17 @@ def _read_columns(path: Path) -> tuple[pa.ChunkedArray, np.ndarray]:
     values = value_of_kind[column.indices.to_numpy()]
     if (values == UNKNOWN).any():
         row = int(np.argmax(values == UNKNOWN))
-        raise LabelError(f"{path}, line {row + 2}: Label is {kinds[column.indices[row].as_py()]!r}, expected 0 or 1")
+        raise LabelError(
+            f"{path}, line {_line_of(path, row)}: Label is {kinds[column.indices[row].as_py()]!r}, expected 0 or 1"
+        )
     return table["ID"], values
+
+
+def _line_of(path: Path, row: int) -> int:
+    """The line, from 1, that holds a row: empty lines are none, and the header is the first."""
+    with path.open("rb") as file:
+        filled = (number for number, line in enumerate(file, start=1) if line.strip(b"\r\n"))
+        return next(islice(filled, row + 1, None), 0)
 
 
 def _label_of_row(path: Path, ids: pa.ChunkedArray) -> np.ndarray:
@@ -93,7 +107,7 @@ def _label_of_row(path: Path, ids: pa.ChunkedArray) -> np.ndarray:
     if len(unknown):
         row = int(unknown[0])
         raise LabelError(
-            f"{path}, line {row + 2}: {ids[row].as_py()!r} names no known label; expected an image id followed by "
+            f"{path}, line {_line_of(path, row)}: {ids[row].as_py()!r} names no known label; expected an image id followed by "
             f"_{', _'.join(LABELS)} ({len(unknown)} such lines)"
         )
     return label_of_row

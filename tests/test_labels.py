@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.errors import LabelError
 from pipeline.labels import LABEL_WEIGHTS, LABELS, read_labels
+from tests.conftest import ROOT
 
 
 def write(tmp_path: Path, *lines: str, header: str = "ID,Label") -> Path:
@@ -85,8 +86,9 @@ def test_a_fault_far_down_is_named_by_its_line(tmp_path: Path, line: str, messag
         b'"ID","Label"\n"ID_a_any","1"\n',
         b"ID,Label\r\nID_a_any,1\r\n",
         b"ID,Label\nID_a_any, 1.0",
+        b"ID,Label\n\nID_a_any,1\n\n\n",
     ],
-    ids=["byte order mark", "quoted", "CRLF", "decimal"],
+    ids=["byte order mark", "quoted", "CRLF", "decimal", "empty lines"],
 )
 def test_other_programs_ways_of_writing_are_read(tmp_path: Path, written: bytes) -> None:
     path = tmp_path / "labels.csv"
@@ -103,10 +105,12 @@ def test_identifiers_may_hold_underscores(tmp_path: Path) -> None:
     assert read_labels(write(tmp_path, "site_3_slice_9_any,0")).index.tolist() == ["site_3_slice_9"]
 
 
-def test_header_only_means_no_labels() -> None:
-    from tests.conftest import ROOT
-
+def test_header_only_means_no_labels(tmp_path: Path) -> None:
     assert len(read_labels(ROOT / "data" / "unlabelled.csv")) == 0
+    path = tmp_path / "labels.csv"
+    for written in ("ID,Label", "ID,Label\n\n"):
+        path.write_text(written)
+        assert len(read_labels(path)) == 0
 
 
 @pytest.mark.parametrize(
@@ -115,6 +119,7 @@ def test_header_only_means_no_labels() -> None:
         (["ID_a_any,1"], "image,target", "expected the header ID,Label, found 'image,target'"),
         (["ID_a_contusion,1"], "ID,Label", "line 2: 'ID_a_contusion' names no known label"),
         (["ID_a_any,0", "ID_b_any,2"], "ID,Label", "line 3: Label is '2', expected 0 or 1"),
+        (["", "ID_a_any,0", "", "ID_b_any,2"], "ID,Label", "line 5: Label is '2', expected 0 or 1"),
         (["ID_a_any,"], "ID,Label", "Label is '', expected 0 or 1"),
         (["ID_a_any,1,9"], "ID,Label", "not a CSV with two columns"),
         (rows("ID_a", "000010"), "ID,Label", "image ID_a has a subtype but any = 0"),
@@ -130,6 +135,8 @@ def test_faults_are_named(tmp_path: Path, lines: list[str], header: str, message
 def test_absent_and_empty_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match="does not exist"):
         read_labels(tmp_path / "none.csv")
+    with pytest.raises(LabelError, match=r"a folder; set source\.labels to a CSV"):
+        read_labels(tmp_path)
     (tmp_path / "empty.csv").touch()
     with pytest.raises(LabelError, match="empty file"):
         read_labels(tmp_path / "empty.csv")

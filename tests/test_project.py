@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 import yaml
@@ -350,3 +350,20 @@ def test_committed_run_meets_the_bounds_of_the_phantom_cohort() -> None:
     for subtype in SUBTYPES:
         assert metrics["slice"][subtype]["auc"] > 0.75, subtype
         assert metrics["slice"][subtype]["positive_patients"] >= 4, subtype
+
+
+def test_make_clean_leaves_what_is_committed() -> None:
+    said = subprocess.run(["make", "--dry-run", "clean"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    patterns = said.replace("\\\n", " ").removeprefix("rm -rf ").split()
+    assert "data/store.zarr" in patterns
+    committed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    assert len(committed) > 100
+    gone = [
+        path
+        for path in committed
+        for pattern in patterns
+        if PurePath(path).match(pattern) or path.startswith(f"{pattern}/")
+    ]
+    assert gone == []
