@@ -9,7 +9,6 @@ is JSON.
 
 import argparse
 import json
-import re
 import shutil
 import statistics
 import subprocess
@@ -152,11 +151,20 @@ def empty(folder: Path) -> None:
 
 
 def copy_series(paths: list[Path], folder: Path) -> None:
-    """The same series once, and as twenty different ones."""
-    for copy in range(COPIES):
-        (folder / "many" / str(copy)).mkdir(parents=True)
-        for number, path in enumerate(paths):
-            (folder / "many" / str(copy) / f"{number}.dcm").write_bytes(as_another_series(path.read_bytes(), copy))
+    """The same series once, and as twenty different ones, laid straight and evenly: of a tilted stack dcm2niix would also make one
+    without the tilt, for ten times the cost."""
+    for number, path in enumerate(paths):
+        dataset = pydicom.dcmread(path)
+        uid = dataset.SeriesInstanceUID
+        dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        dataset.ImagePositionPatient = [-125, -125, 5 * number]
+        for keyword in ("GantryDetectorTilt", "SliceLocation", "SpacingBetweenSlices"):
+            if keyword in dataset:
+                del dataset[keyword]
+        for copy in range(COPIES):
+            (folder / "many" / str(copy)).mkdir(parents=True, exist_ok=True)
+            dataset.SeriesInstanceUID = f"{uid[:-2]}{copy:02d}"
+            dataset.save_as(folder / "many" / str(copy) / f"{number}.dcm")
     (folder / "one").mkdir()
     shutil.copytree(folder / "many" / "0", folder / "one" / "0")
 
@@ -167,7 +175,7 @@ def measure_dcm2niix(folder: Path) -> float:
     if program is None:
         sys.exit("dcm2niix is not installed; it is a package of Debian and Ubuntu: apt-get install dcm2niix")
 
-    def run(name: str) -> float:
+    def run(name: str) -> tuple[float, int]:
         out = folder / "nii"
         out.mkdir()
         started_s = time.perf_counter()
@@ -177,17 +185,11 @@ def measure_dcm2niix(folder: Path) -> float:
         written = sum(path.stat().st_size for path in out.glob("*.nii"))
         assert written, f"dcm2niix wrote nothing: {done.stdout}{done.stderr}"
         shutil.rmtree(out)
-        return took_s
+        return took_s, written
 
-    one_s, many_s = run("one"), run("many")
+    (one_s, one_bytes), (many_s, many_bytes) = run("one"), run("many")
+    assert many_bytes == COPIES * one_bytes, "dcm2niix took copies for one series"
     return (many_s - one_s) / (COPIES - 1) * 1000
-
-
-def as_another_series(content: bytes, copy: int) -> bytes:
-    """The same file with the last two characters of its series' identifier changed."""
-    found = re.search(rb"\x20\x00\x0e\x00(?:UI..|....)([\x20-\x7e]+)", content, re.S)
-    assert found is not None
-    return content[: found.end(1) - 2] + f"{copy:02d}".encode() + content[found.end(1) :]
 
 
 def measure_two_workers(tasks: list[StudyTask], count: int, shards: Path, rounds: int) -> float:

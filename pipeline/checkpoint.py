@@ -56,7 +56,7 @@ def load_newest(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None
         found_identity = {name: content["identity"].get(name) for name in identity}
         for key, (found, expected) in differences(found_identity, identity).items():
             raise CheckpointError(
-                f"{path}: made with {key} = {found!r}, this run has {expected!r}; remove the folder to start anew"
+                f"{path}: made with {key} = {found!r}, this run has {expected!r}; remove {folder} to start anew"
             )
         return content
     return None

@@ -179,7 +179,7 @@ def _count(store: Store, where_N2: Slices) -> tuple[npt.NDArray[np.int64] | None
     if counter is None:
         return None, detail
     counts_N = np.zeros(len(where_N2), np.int64)
-    with Progress(len(where_N2), what="count", unit="slices") as progress:
+    with Progress(len(where_N2), what="bright pixels", unit="slices") as progress:
         for row, (study, slice_number) in enumerate(where_N2):
             counts_N[row] = counter.count(store.reader.read(int(study), int(slice_number)))
             progress.advance()

@@ -12,13 +12,13 @@ import io
 import logging
 import math
 import re
-import struct
 import warnings
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pydicom
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import (
@@ -31,6 +31,7 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
+from pipeline.compiled import compiled
 from pipeline.errors import SourceError
 from pipeline.place import (
     UNREADABLE_METHOD,
@@ -89,7 +90,8 @@ TAGS: dict[str, int] = {
 }
 NAMES = {tag: name for name, tag in TAGS.items()}
 MEDIA_SOP_CLASS_TAG, TRANSFER_SYNTAX_TAG, CHARACTER_SET_TAG = 0x00020002, 0x00020010, 0x00080005
-WANTED = frozenset((*NAMES, CHARACTER_SET_TAG))
+WANTED = np.array(sorted((*NAMES, CHARACTER_SET_TAG)))
+WANTED_OF_META = np.array([MEDIA_SOP_CLASS_TAG, TRANSFER_SYNTAX_TAG])
 PLAIN_UID, PLAIN_CHARACTER_SET = re.compile(rb"[0-9.]{1,64}[ \0]*"), re.compile(rb"[A-Z0-9_ \\]*\0?")
 """What the walk takes; of anything else pydicom shall make what it can."""
 
@@ -108,6 +110,12 @@ UNDEFINED_LENGTH = 0xFFFFFFFF
 LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
 """Value representations with 4 and with 2 bytes of length (PS3.5 7.1.2)."""
+
+UNKNOWN_VR, SHORT_VR, LONG_VR = 0, 1, 2
+VR_KINDS = np.zeros(1 << 16, np.uint8)
+VR_KINDS[[int.from_bytes(vr) for vr in SHORT_VRS]] = SHORT_VR
+VR_KINDS[[int.from_bytes(vr) for vr in LONG_VRS]] = LONG_VR
+CODE_STRING = tuple(b"CS")
 
 IMAGE_TYPES = frozenset(
     ("ORIGINAL", "DERIVED", "PRIMARY", "SECONDARY", "AXIAL", "LOCALIZER", "REFORMATTED", "MPR", "VOLUME", "PROJECTION")
@@ -229,9 +237,7 @@ def _walk(head: bytes) -> Walked | None:
     undefined length before the pixel data. None for every other file: pydicom shall read it."""
     if head[128:132] != b"DICM":
         return None
-    meta, at = _walk_elements(
-        head, 132, explicit=True, stop_group=0x0003, wanted=(MEDIA_SOP_CLASS_TAG, TRANSFER_SYNTAX_TAG)
-    )
+    meta, at = _walk_elements(head, 132, explicit=True, stop_group=0x0003, wanted=WANTED_OF_META)
     syntax = _text(meta.get(TRANSFER_SYNTAX_TAG))
     if at < 0 or not PLAIN_UID.fullmatch(meta.get(TRANSFER_SYNTAX_TAG, b"")):
         return None
@@ -253,38 +259,60 @@ def _walk(head: bytes) -> Walked | None:
 
 
 def _walk_elements(
-    head: bytes, at: int, *, explicit: bool, stop_group: int, wanted: Any
+    head: bytes, at: int, *, explicit: bool, stop_group: int, wanted: npt.NDArray[np.int64]
 ) -> tuple[dict[int, bytes], int]:
     """The wanted elements before `stop_group`, and where that starts; −1 where pydicom shall read the file."""
-    found: dict[int, bytes] = {}
-    unpack = (struct.Struct("<HH2sH") if explicit else struct.Struct("<HHL")).unpack_from
-    end = len(head) - 8
-    before = 0
+    found = np.empty((len(wanted), 3), np.int64)
+    count, at = _find_elements(np.frombuffer(head, np.uint8), at, explicit, stop_group, wanted, found)
+    return {tag: head[start : start + length] for tag, start, length in found[:count].tolist()}, at
+
+
+@compiled
+def _find_elements(
+    head: npt.NDArray[np.uint8],
+    at: int,
+    explicit: bool,
+    stop_group: int,
+    wanted: npt.NDArray[np.int64],
+    found: npt.NDArray[np.int64],
+) -> tuple[int, int]:
+    """Note tag, start and length of the elements that are `wanted`, whose tags ascend, as those of a data set do. How many there
+    are, and where `stop_group` starts, or −1."""
+    end, count, place, before = len(head) - 8, 0, 0, np.int64(0)
     while at <= end:
+        group = np.int64(head[at]) | np.int64(head[at + 1]) << 8
+        tag = group << 16 | np.int64(head[at + 2]) | np.int64(head[at + 3]) << 8
+        if group >= stop_group:
+            return count, at
+        start = at + 8
+        is_code_string = True
         if explicit:
-            group, element, vr, length = unpack(head, at)
-            if group >= stop_group:
-                return found, at
-            start = at + 8
-            if vr in LONG_VRS:
-                length = int.from_bytes(head[start : start + 4], "little")
+            first, second = np.int64(head[at + 4]), np.int64(head[at + 5])
+            is_code_string = first == CODE_STRING[0] and second == CODE_STRING[1]
+            kind = VR_KINDS[first << 8 | second]
+            if kind == UNKNOWN_VR:
+                return count, -1
+            length = np.int64(head[at + 6]) | np.int64(head[at + 7]) << 8
+            if kind == LONG_VR:
+                if start + 4 > len(head):
+                    return count, -1
+                length = np.int64(head[start]) | np.int64(head[start + 1]) << 8
+                length |= np.int64(head[start + 2]) << 16 | np.int64(head[start + 3]) << 24
                 start += 4
-            elif vr not in SHORT_VRS:
-                return found, -1
         else:
-            group, element, length = unpack(head, at)
-            if group >= stop_group:
-                return found, at
-            start = at + 8
-        tag = group << 16 | element
+            length = np.int64(head[at + 4]) | np.int64(head[at + 5]) << 8
+            length |= np.int64(head[at + 6]) << 16 | np.int64(head[at + 7]) << 24
         if tag <= before or length == UNDEFINED_LENGTH:  # out of order: something is amiss
-            return found, -1
-        if tag in wanted:
-            if tag == CHARACTER_SET_TAG and explicit and vr != b"CS":
-                return found, -1
-            found[tag] = head[start : start + length]
-        before, at = tag, start + length
-    return found, -1
+            return count, -1
+        while place < len(wanted) and wanted[place] < tag:
+            place += 1
+        if place < len(wanted) and wanted[place] == tag:
+            if tag == CHARACTER_SET_TAG and not is_code_string:
+                return count, -1
+            found[count, 0], found[count, 1], found[count, 2] = tag, start, length
+            count += 1
+        before, at = tag, int(start + length)
+    return count, -1
 
 
 def _needs_pydicom(values: dict[str, bytes]) -> bool:
@@ -341,7 +369,7 @@ def _limit_inflation(file: io.BytesIO) -> io.BytesIO:
     if DEFLATED_SYNTAX.encode() not in content[:1024]:
         return file
     start = 132 if content[128:132] == b"DICM" else 0
-    meta, at = _walk_elements(content, start, explicit=True, stop_group=0x0003, wanted=(TRANSFER_SYNTAX_TAG,))
+    meta, at = _walk_elements(content, start, explicit=True, stop_group=0x0003, wanted=WANTED_OF_META)
     if at < 0 or _text(meta.get(TRANSFER_SYNTAX_TAG)) != DEFLATED_SYNTAX:
         return file
     inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content[at:], HEADER_LIMIT_BYTES)

@@ -55,7 +55,7 @@ def predict_levels(store: Store, levels: Mapping[str, Scored], where_N2: Slices)
         "study": _study_rows(store, levels["study"]),
     }
     folds = len(np.unique(levels["study"].fold_N))
-    with Progress(len(tables) * folds * len(LABELS), what="headers", unit="labels") as progress:
+    with Progress(len(tables) * folds * len(LABELS), what="what headers foretell", unit="labels") as progress:
         return {level: _predict(rows, progress=progress) for level, rows in tables.items()}
 
 
