@@ -39,7 +39,7 @@ lint: setup ## Mend what ruff can mend, then check style and types
 	ruff format .
 	mypy
 
-bench: setup ## Measure: each benchmark prints a card, and JSON in its last line (bench_scale: 6 GB of disk, half an hour; bench_train: by hand, on a GPU)
+bench: setup ## Measure: each benchmark prints a card, and JSON in its last line (bench_scale: 6 GB of disk; all together 20 minutes; bench_train: by hand, on a GPU)
 	for script in $(filter-out benchmarks/bench_train.py, $(wildcard benchmarks/bench_*.py)); do PYTHONPATH=. python $$script || exit 1; done
 
 prune: setup ## Free the disk of unfinished work and cached outputs that nothing current uses

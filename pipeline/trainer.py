@@ -227,7 +227,8 @@ class Trainer:
     def _note(self) -> str:
         state = self.state
         valid = f", valid {state.history[-1]['valid_loss']:.4f}" if state.history else ""
-        return f"epoch {state.epoch + 1}/{self.config.epochs}, loss {self.mean_loss:.4f}{valid}"
+        loss = "" if math.isnan(self.mean_loss) else f", loss {self.mean_loss:.4f}"  # a GPU is not asked at each batch
+        return f"epoch {state.epoch + 1}/{self.config.epochs}{loss}{valid}"
 
     def _of_step(self, order: npt.NDArray[np.int64], batch: int) -> npt.NDArray[np.int64]:
         """The slices of all batches between two steps of the optimiser, this batch among them."""

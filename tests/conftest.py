@@ -122,6 +122,7 @@ class Cohort:
         values = yaml.safe_load((ROOT / "params.yaml").read_text())
         values["source"] = {"dicom": str(self.dicom), "labels": str(self.write_labels()) if self.labels else None}
         values["preprocess"] |= {"image_size": 32, "workers": 0}
+        values["train"]["device"] = "cpu"  # where a sum is the same each time, and processes are not one a GPU
         values["index"]["max_excluded_fraction"] = 1.0
         for key, value in changes.items():
             *sections, last = key.split("__")

@@ -254,7 +254,7 @@ if __name__ == "__main__":
 
 def test_workers_end_with_a_trainer_that_was_killed(store: Store) -> None:
     command = [sys.executable, "-c", TRAINER, str(store.path)]
-    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": "."}, stdout=subprocess.PIPE) as trainer:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as trainer:
         assert trainer.stdout is not None
         workers = [int(pid) for pid in trainer.stdout.readline().split()]
         assert list(map(is_running, workers)) == [True, True]
