@@ -69,7 +69,7 @@ def main() -> None:
         folder = Path(name)
         if not arguments.dicom:
             config = PhantomConfig(studies=2, slices=[24, 24], size=arguments.size, seed=0)
-            write_cohort(config, folder=folder, wip=folder, workers="auto")
+            write_cohort(config, folder=folder, wip=folder, workers=0)  # two studies
         figures = measure_slices(Path(arguments.dicom or folder / "dicom"), folder, arguments)
         if not arguments.dicom and REAL_HEAD.is_dir():
             (folder / "real").mkdir()

@@ -148,7 +148,7 @@ def test_a_network_that_cannot_be_asked_costs_its_heat_maps_alone_and_is_named(c
     metrics = run.evaluate()
     page = (run.report / "report.html").read_text()
     assert "fold-0/model.pt: trained on store of another" in page
-    assert "fold-1/model.pt: cannot be read as a model" in page
+    assert "fold-1/model.pt: not a model" in page
     assert str(run.cohort.folder) not in page
     assert "under the heat map of" not in page
     assert page.count('class="zoom"') > 8

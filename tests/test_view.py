@@ -388,7 +388,7 @@ def test_a_heat_map_is_by_the_fold_that_never_saw_the_study(store: Store) -> Non
         ({"store_digest": "e" * 64}, "fold-0/model.pt: trained on store eeeeeeeeeeee, and this is"),
         ({"fold": 3}, "fold-0/model.pt: expected fold 0, found 3"),
         ({"members": [{}]}, "its weights do not fit compact"),
-        (b"PK and nothing", "cannot be read as a model"),
+        (b"PK and nothing", "not a model, nor a whole file of torch.save"),
     ],
 )
 def test_networks_that_cannot_explain_are_named(server: ViewerServer, store: Store, changes: Any, message: str) -> None:
