@@ -31,7 +31,7 @@ test: setup ## Run the checks and the tests
 	mypy
 	python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m "not long"
 
-test-long: setup ## Run the few tests that take a minute each (DVC's experiments), which make test leaves out
+test-long: setup ## Run the tests that take longest (DVC's experiments, kills and resumes), which make test leaves out
 	python -m pytest --numprocesses auto --dist loadfile -m long
 
 lint: setup ## Mend what ruff can mend, then check style and types

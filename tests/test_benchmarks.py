@@ -27,11 +27,15 @@ def last_line(*arguments: str) -> dict[str, object]:
     return figures
 
 
-NEEDS = {"bench_preprocess.py": [pytest.mark.program("dcm2niix")]}
+MARKS: dict[str, list[pytest.MarkDecorator]] = {
+    "bench_preprocess.py": [pytest.mark.program("dcm2niix")],
+    "bench_loader.py": [pytest.mark.long],
+    "bench_train.py": [pytest.mark.long],
+}
 NAMES = sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py"))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=NEEDS.get(name, [])) for name in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in NAMES])
 def test_benchmark_ends_in_figures(cohort: Cohort, name: str) -> None:
     arguments = {
         "bench_scale.py": ["--studies", "20", "--label-images", "1000"],

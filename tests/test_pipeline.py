@@ -19,7 +19,7 @@ from tests.conftest import ROOT, tree_bytes
 
 TINY: dict[str, Any] = {
     "phantom": {"studies": 30, "slices": [8, 9], "size": 64, "seed": 5},
-    "preprocess": {"image_size": 32, "workers": 2},
+    "preprocess": {"image_size": 32, "workers": 0},
     "folds": {"count": 3},
     "train": {"epochs": 2, "folds": [0], "validation_fraction": 0.2, "checkpoint_seconds": 0.2},
 }
@@ -124,6 +124,7 @@ def test_changed_window_runs_preprocess_and_what_follows_and_reads_no_header(pro
     assert ", 0 new or changed" in out
 
 
+@pytest.mark.long
 def test_more_folds_train_the_new_ones_only_and_fewer_leave_no_trace(project: Project) -> None:
     before = project.metrics()
     project.set(train={"folds": [0, 1]})
@@ -134,6 +135,7 @@ def test_more_folds_train_the_new_ones_only_and_fewer_leave_no_trace(project: Pr
     assert project.metrics() == before
 
 
+@pytest.mark.long
 def test_changed_label_makes_no_pixel_again(project: Project) -> None:
     shards = project.folder / "data" / "wip" / "shards"
     before = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}

@@ -212,6 +212,7 @@ def test_run_killed_at_twenty_random_points_ends_in_the_same_weights(cohort: Coh
         assert found["predictions"] == expected["predictions"]
 
 
+@pytest.mark.long
 def test_killed_stage_goes_on_and_ends_in_the_same_weights(cohort: Cohort, run_stage: Callable[..., Any]) -> None:
     cohort.size = 32
     add_studies(cohort, 14, slices=10)
@@ -290,6 +291,7 @@ def test_checkpoint_holds_all_that_a_run_goes_on_from(config: Config, store: Sto
 # ---- several processes
 
 
+@pytest.mark.long
 def test_two_processes_learn_as_one_with_the_same_batch(cohort: Cohort, run_stage: Callable[..., Any]) -> None:
     add_studies(cohort, 14)
     # 9 slices do not part evenly, and what is dropped out differs between processes
