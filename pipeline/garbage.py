@@ -10,8 +10,9 @@ import numpy.typing as npt
 from pipeline.compiled import compiled
 from pipeline.hounsfield import Stored
 
-HIGHEST_HU, LOWEST_HU = 4096.0, -1100.0
-"""No tissue lies beyond these; metal and padding do, but metal is small and padding has few values."""
+HIGHEST_HU, LOWEST_HU = 4096.0, -1500.0
+"""No tissue lies beyond these; metal and padding do, but metal is small and padding has few values. Nor does the noise of air, which a
+sharp kernel spreads by 100 HU, or by 200 in a thin slice, where a scanner does not cut values off at −1024."""
 
 GARBAGE_SHARE = 0.05
 """Of the pixels beyond those. Metal with its streaks measured below 1 %."""

@@ -60,6 +60,13 @@ def test_half_noise_is_garbage(low: int, high: int, kind: str, slope: int, inter
     assert is_garbage(as_stored(pixels_hu, kind, slope, intercept), slope=slope, intercept=intercept)
 
 
+@pytest.mark.parametrize("deviation_hu", [30, 90, 150])
+def test_noise_of_a_sharp_kernel_is_no_garbage(deviation_hu: float) -> None:
+    pixels_hu = head_like() + np.random.default_rng(0).normal(0, deviation_hu, (256, 256))
+    assert pixels_hu.min() < -1100, "nothing is cut off at -1024"
+    assert not is_garbage(pixels_hu.astype(np.int16), slope=1.0, intercept=0.0)
+
+
 @pytest.mark.parametrize(("kind", "slope", "intercept"), STORED)
 def test_compiled_or_not_a_sample_counts_the_same(kind: str, slope: int, intercept: int) -> None:
     rng = np.random.default_rng(0)
@@ -67,7 +74,7 @@ def test_compiled_or_not_a_sample_counts_the_same(kind: str, slope: int, interce
         pixels_hu = rng.normal(-1000, 3000, shape)
         pixels_hu[rng.random(shape) < 0.4] = rng.choice([-32768, -3024, 32767])
         stored = as_stored(pixels_hu, kind, slope, intercept)
-        arguments = (2, 3, slope > 0, -1100.0 - intercept, 4096.0 - intercept, 400.0)
+        arguments = (2, 3, slope > 0, -1500.0 - intercept, 4096.0 - intercept, 400.0)
         assert _count(stored, *arguments) == _count.__wrapped__(stored.astype(int), *arguments)
 
 
