@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import sys
 import time
@@ -18,7 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from pipeline.errors import IchorError, UsageError
-from pipeline.files import human_bytes, is_disk_full
+from pipeline.files import is_disk_full
 
 
 class _Terminated(KeyboardInterrupt):
@@ -79,15 +78,11 @@ def _run(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespa
         if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        where, fault = error.filename or "a file", error.strerror
         if is_disk_full(error):
-            free = human_bytes(shutil.disk_usage(arguments.data).free) if arguments.data.is_dir() else "too little"
-            print(
-                f"error: {error.filename or arguments.data}: the disk is full ({free} free where {arguments.data} is); free some space, or "
-                f"give --data another disk, and run the same command again",
-                file=sys.stderr,
-            )
-        else:
-            print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+            where = Path(error.filename).parent if error.filename else arguments.data
+            fault = "the disk is full; free some space there and run the same command again"
+        print(f"error: {where}: {fault}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"\n{stopped}", file=sys.stderr)

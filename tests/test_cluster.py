@@ -274,13 +274,9 @@ def test_missing_workers_are_waited_for_and_it_is_said(
     assert sys.stderr.getvalue() == 2 * f"\nthe scheduler at {scheduler} has no worker; start some: waiting for one\n"
 
 
-def run_as_a_person_would(call: str) -> subprocess.Popen[str]:
-    """A command of its own that prints each result."""
-    code = (
-        "import tests.test_cluster as t; from pathlib import Path; from stages.common import door\n"
-        f"door(lambda _: [print('result', r, flush=True) for r in t.run_tasks({call})], '')"
-    )
-    process = subprocess.Popen(
+def start_python(code: str) -> subprocess.Popen[str]:
+    """A Python of its own, which hears Ctrl-C as at a terminal."""
+    return subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -288,6 +284,14 @@ def run_as_a_person_would(call: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
         preexec_fn=hear_ctrl_c,
+    )
+
+
+def run_as_a_person_would(call: str) -> subprocess.Popen[str]:
+    """A command of its own that prints each result."""
+    process = start_python(
+        "import tests.test_cluster as t; from pathlib import Path; from stages.common import door\n"
+        f"door(lambda _: [print('result', r, flush=True) for r in t.run_tasks({call})], '')"
     )
     assert process.stdout
     while not process.stdout.readline().startswith("result"):
@@ -353,21 +357,12 @@ def test_worker_that_hangs_is_told_of(
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("after_s", [0.2, 1.0])
 def test_stopping_while_workers_start_is_heard_and_clean(sign: signal.Signals, after_s: float) -> None:
-    code = (
+    process = start_python(
         "import tests.test_cluster as t; from stages.common import door; import distributed\n"
         "def main(_):\n"
         "    print('begins', flush=True)\n"
         "    for result in t.run_tasks(t.square_slowly, range(1000), workers=2, scheduler=None): pass\n"
         "door(main, '')"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=hear_ctrl_c,
     )
     assert process.stdout
     assert process.stdout.readline() == "begins\n"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import errno
 import json
 import os
 import re
@@ -14,6 +16,7 @@ import pytest
 import yaml
 
 from pipeline.labels import LABELS, SUBTYPES
+from stages.common import _run
 from tests.conftest import ROOT
 
 LAYERS = [
@@ -367,3 +370,15 @@ def test_make_clean_leaves_what_is_committed() -> None:
         if PurePath(path).match(pattern) or path.startswith(f"{pattern}/")
     ]
     assert gone == []
+
+
+@pytest.mark.parametrize(("file", "where"), [("/out/predictions.csv", "/out"), (None, "data")])
+def test_full_disk_that_nobody_foresaw_is_said(
+    file: str | None, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(_: argparse.Namespace) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file)
+
+    assert _run(fill, argparse.Namespace(data=Path("data")), "stopped") == 1
+    said = capsys.readouterr().err
+    assert said == f"error: {where}: the disk is full; free some space there and run the same command again\n"

@@ -140,6 +140,25 @@ def test_link_in_the_stores_place_leads_to_where_it_lies(cohort: Cohort, elsewhe
         stages.prune.main(argparse.Namespace(data=cohort.data, all=False))
 
 
+@pytest.mark.parametrize("is_linked", [True, False])
+def test_shards_of_other_code_with_the_same_pixels_are_pruned(
+    cohort: Cohort, is_linked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_linked:
+        fail_at("link", errno.EPERM, monkeypatch)
+    make_store(cohort)
+    shards = cohort.data / "wip" / "shards"
+    expected = tree_bytes(shards)
+    for name, content in expected.items():
+        other = shards / ("0" * 8 + name)
+        other.write_bytes(content)
+        moved_ns = 10**12 if is_linked else -(10**12)  # later, but no name of the store's file; or earlier
+        changed_ns = (shards / name).stat().st_mtime_ns + moved_ns
+        os.utime(other, ns=(changed_ns, changed_ns))
+    stages.prune.main(argparse.Namespace(data=cohort.data, all=False))
+    assert tree_bytes(shards) == expected
+
+
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EXDEV, errno.EMLINK])
 def test_disk_without_hard_links_holds_a_copy(cohort: Cohort, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tree_bytes(make_store(cohort).path)
