@@ -30,6 +30,7 @@ def last_line(*arguments: str) -> dict[str, object]:
 MARKS: dict[str, list[pytest.MarkDecorator]] = {
     "bench_preprocess.py": [pytest.mark.program("dcm2niix")],
     "bench_loader.py": [pytest.mark.long],
+    "bench_scale.py": [pytest.mark.long],
     "bench_train.py": [pytest.mark.long],
 }
 NAMES = sorted(path.name for path in (ROOT / "benchmarks").glob("bench_*.py"))

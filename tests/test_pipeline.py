@@ -147,6 +147,7 @@ def test_changed_label_makes_no_pixel_again(project: Project) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in shards.iterdir()} == before
 
 
+@pytest.mark.long
 def test_changed_epochs_leave_the_store_alone_and_a_killed_repro_goes_on_with_training(project: Project) -> None:
     project.set(train={"epochs": 4})
     process = project.start("repro")
